@@ -1,0 +1,668 @@
+"""Tests of the scripts: pytest -q test_scripts.py
+
+A script is one flat file without a main(), so it is tested by running it with tiny settings: once as a command, once as a
+notebook cell, once in this process, where the functions it leaves behind are compared with answers found in another way
+(torch.distributions, autograd, closed forms, explicit recursions). SE is a standard error of a Monte-Carlo mean. The seeds
+are fixed, so a tolerance of 4 or 5 SE never fails by chance.
+
+To add a script: a line in each of the three tables, a fixture under its name, its oracles. Its samples and its model have
+to stand before a cell "Pictures", which only the command and the notebook run.
+"""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import partial
+from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["OMP_NUM_THREADS"] = "1"   # networks this small only wait for a second thread, above all on a busy machine
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import pdist
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+HERE = Path(__file__).resolve().parent
+TINY = {   # settings with which a script takes seconds
+    "dsm_2d": "--n 300 --batch 64 --steps 30 --T 6 --n_samples 64",
+}
+OUTPUT = {   # shape of samples.npy and the pictures
+    "dsm_2d": ((64, 2), ["denoise_scatter.png", "generation.png", "quiver.png", "training.png"]),
+}
+BAD = {   # settings to be refused in a message with the first flag and its value
+    "dsm_2d": ["--n 0", "--n many", "--T 1", "--sigma_min 0", "--sigma_min -1", "--sigma_min nan", "--sigma_min 3 --sigma_max 3",
+               "--sigma_min 4 --sigma_max 3", "--sigma_max inf", "--steps 0", "--batch 0", "--batch 301", "--lr 0", "--lr nan", "--K 0",
+               "--kappa 0", "--kappa 2", "--kappa nan", "--viz_sigma 0.005", "--viz_sigma 1000", "--eta -1", "--n_samples 1", "--seed -1",
+               "--data cubes", "--schedule steep", "--w_mode heavy", "--sampler magic", "--device abacus", "--device cuda"],
+}
+scratch = tempfile.TemporaryDirectory()
+
+
+def run(name, flags="", until="Pictures"):
+    """Run the cells of a script before `until` in this process, tiny but for `flags`: what they define."""
+    path, names = HERE / f"{name}.py", {"__name__": "__main__"}
+    cells, found, _ = path.read_text(encoding="utf-8").partition(f"\n# %% {until}")
+    assert found, f"{path} has no cell {until}"
+    outdir = tempfile.mkdtemp(dir=scratch.name)
+    with mock.patch.object(sys, "argv", [str(path), "--outdir", outdir, *TINY[name].split(), *flags.split()]):
+        exec(compile(cells, str(path), "exec"), names)
+    return SimpleNamespace(**names)
+
+
+def within(values, expected, se=4):
+    """Asserts that the mean over dim 0 of independent `values` (n, ...) is within `se` standard errors of `expected`."""
+    error = values.std(0) / math.sqrt(len(values))
+    torch.testing.assert_close((values.mean(0) - expected) / error, torch.zeros_like(error), rtol=0, atol=se)
+
+
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+generator = lambda seed=0: torch.Generator().manual_seed(seed)
+normal = lambda *shape, seed=0: torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# %% Every script: as a command, as a notebook cell, with wrong settings
+@pytest.fixture(scope="session", params=TINY)
+def command(request, tmp_path_factory):
+    """The real command, without a display, into a folder with a name that needs quotes and Unicode."""
+    cwd, outdir = tmp_path_factory.mktemp("cwd"), tmp_path_factory.mktemp("results") / "my 輸出"
+    environment = {key: value for key, value in os.environ.items() if key not in ("MPLBACKEND", "DISPLAY")}
+    done = subprocess.run([sys.executable, str(HERE / f"{request.param}.py"), *TINY[request.param].split(), "--outdir", str(outdir)],
+                          cwd=cwd, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=300)
+    return SimpleNamespace(name=request.param, outdir=outdir, cwd=cwd, done=done)
+
+
+def test_command_ends_with_its_summary(command):
+    """A user's run succeeds, its last line is key=value pairs, and summary.json has the same figures, all finite."""
+    assert command.done.returncode == 0, command.done.stderr
+    last = dict(pair.split("=") for pair in command.done.stdout.splitlines()[-1].split(" "))
+    summary = json.loads((command.outdir / "summary.json").read_text(), parse_constant=pytest.fail)   # it sees NaN and Infinity
+    assert last == {key: str(value) for key, value in summary["figures"].items()}
+    assert summary["settings"]["steps"] == int(last["steps"])
+
+
+def test_command_writes_its_files_and_no_others(command):
+    """All output is in outdir, under its final name: nothing in the working folder, no unfinished_ file."""
+    shape, pictures = OUTPUT[command.name]
+    assert sorted(os.listdir(command.outdir)) == sorted(pictures + ["model.pt", "samples.npy", "summary.json"])
+    assert os.listdir(command.cwd) == []
+    samples = np.load(command.outdir / "samples.npy")
+    assert samples.shape == shape and np.isfinite(samples).all()
+    weights = torch.load(command.outdir / "model.pt", weights_only=True)
+    assert weights and all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_pictures_show_something(command):
+    """Each picture opens, is large enough to read and shows something in colour: an empty frame is black on white."""
+    for name in OUTPUT[command.name][1]:
+        pixels = plt.imread(command.outdir / name)[..., :3]
+        assert min(pixels.shape[:2]) >= 300 and (np.ptp(pixels, axis=2) > 0.2).mean() > 0.003, name
+
+
+def test_same_command_gives_same_bytes(command, request):
+    """The same settings give the same samples.npy in another process, however much randomness that one has used before."""
+    twin = Path(request.getfixturevalue(command.name).args.outdir)
+    assert (twin / "samples.npy").read_bytes() == (command.outdir / "samples.npy").read_bytes()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_other_seed_gives_other_samples(name, request):
+    """--seed reaches the data, the network and the sampling."""
+    here, there = request.getfixturevalue(name), run(name, "--seed 1")
+    assert (here.x_data != there.x_data).any() and (here.samples != there.samples).all()
+    assert all((a != b).all() for a, b in zip(here.model.parameters(), there.model.parameters()))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_notebook_cell(name, tmp_path):
+    """Pasted into a notebook, defaults edited by hand, a script ignores the kernel's argv and leaves names and figures."""
+    text, flags = (HERE / f"{name}.py").read_text(encoding="utf-8"), TINY[name].split() + ["--outdir", str(tmp_path)]
+    for flag, value in zip(flags[::2], flags[1::2]):   # its default stands in the table NUMBERS or in add_argument
+        text, count = re.subn(rf'(\("{flag[2:]}", |"{flag}".*?default=)("[^"]*"|[^,)]+)',
+                              lambda found: found[1] + (repr(value) if found[2][0] == '"' else value), text)
+        assert count == 1, f"default of {flag}"
+    cell = {"__name__": "__main__"}   # no __file__
+    with mock.patch.object(sys, "argv", ["colab_kernel_launcher.py", "-f", "kernel.json"]):
+        exec(text, cell)
+    figures = plt.get_fignums()
+    plt.close("all")
+    assert len(figures) == len(OUTPUT[name][1]) == len(list(tmp_path.glob("*.png")))
+    assert {"args", "x_data", "model", "score", "exact_score", "samples"} <= set(cell)
+    assert cell["samples"].shape == OUTPUT[name][0]
+    x = cell["x_data"][:5]
+    for field in ("score", "exact_score"):
+        assert cell[field](x, 0.5).shape == x.shape and torch.isfinite(cell[field](x, 0.5)).all()
+        torch.testing.assert_close(cell[field](x, torch.full((5,), 0.5)), cell[field](x, 0.5))   # sigma a float or (B,)
+
+
+@pytest.mark.parametrize("name, flags", [(name, flags) for name in BAD for flags in BAD[name]])
+def test_bad_setting_is_refused(name, flags, tmp_path, capsys):
+    """A wrong setting ends in argparse's way, with the flag and the value named, before a folder is made."""
+    if flags == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a cuda device")
+    with pytest.raises(SystemExit) as stop:
+        run(name, f"{flags} --outdir {tmp_path / 'out'}")
+    message = capsys.readouterr().err.splitlines()[-1]   # above it stands the usage, which names every flag
+    flag, value, *_ = flags.split()
+    assert stop.value.code == 2 and f"argument {flag}:" in message and value in message.split(flag)[1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_outdir_that_is_a_file(name, tmp_path, capsys):
+    """An outdir that cannot be made is refused before the training, and the file in its place is left alone."""
+    file = tmp_path / "thesis.txt"
+    file.write_text("ten years of work")
+    with pytest.raises(SystemExit) as stop:
+        run(name, f"--outdir {file}")
+    assert stop.value.code == 2 and "argument --outdir:" in capsys.readouterr().err.splitlines()[-1]
+    assert file.read_text() == "ten years of work"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_bad_setting_as_a_command(name, tmp_path):
+    """In a terminal a wrong setting is two lines and status 2, not a traceback."""
+    done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), "--steps", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == "" and os.listdir(tmp_path) == []
+    assert done.stderr.startswith("usage:") and "argument --steps:" in done.stderr and "Traceback" not in done.stderr
+
+
+# %% dsm_2d.py: data and exact score
+DATA = ["gmm2", "circles", "moons", "swiss_roll"]
+TAU = {"circles": 0.06, "moons": 0.06, "swiss_roll": 0.03}
+
+
+@pytest.fixture(scope="session")
+def dsm_2d():
+    return run("dsm_2d")
+
+
+@pytest.fixture(scope="session", params=DATA)
+def data(request):
+    """The name of a data set and the script's cells up to its exact score."""
+    return request.param, run("dsm_2d", f"--data {request.param}", until="Noise levels")
+
+
+def centres_and_covs(name, n=600):
+    """The four laws written anew: means (K, 2) and covariances (K, 2, 2) of equally likely Gaussians."""
+    if name == "gmm2":
+        return torch.tensor([[0.0, 0], [3, 3]]).double(), torch.tensor([[[1, 0.3], [0.3, 1.2]], [[0.6, -0.2], [-0.2, 0.8]]]).double()
+    half, open_half = torch.linspace(0, 1, n // 2, dtype=torch.float64), torch.arange(n // 2, dtype=torch.float64) / (n // 2)
+    ring = lambda angle: torch.stack([angle.cos(), angle.sin()], 1)
+    t = 1.5 * math.pi * (1 + 2 * (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    curve = {"circles": torch.cat([ring(2 * math.pi * open_half), 0.5 * ring(2 * math.pi * open_half)]),
+             "moons": torch.cat([ring(math.pi * half), torch.tensor([1, 0.5]).double() - ring(math.pi * half)]),
+             "swiss_roll": t[:, None] * ring(t) / 7}[name]
+    return curve, TAU[name] ** 2 * torch.eye(2).double().expand(n, 2, 2)
+
+
+def law(name, sigma):
+    """A data set convolved with N(0, sigma^2 I) as a torch distribution."""
+    centres, covs = centres_and_covs(name)
+    noisy = MultivariateNormal(centres, covs + sigma**2 * torch.eye(2).double())
+    return MixtureSameFamily(Categorical(torch.ones(len(centres)).double()), noisy)
+
+
+@torch.enable_grad()   # samplers call it under no_grad
+def derivatives(name, x, sigma):
+    """log q_sigma, its gradient and its Laplacian at x (B, 2), the last two by autograd."""
+    x = x.double().requires_grad_()
+    log_q = law(name, sigma).log_prob(x)
+    s, = torch.autograd.grad(log_q.sum(), x, create_graph=True)
+    laplacian = sum(torch.autograd.grad(s[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(2))
+    return log_q.detach(), s.detach(), laplacian
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.3, 5.0])
+def test_exact_density(data, sigma):
+    """log density, score and Laplacian agree with torch.distributions and autograd, near the data and beside them."""
+    name, script = data
+    x = torch.cat([law(name, sigma).sample((40,)), 3 * normal(20, 2)])
+    for ours, theirs in zip(script.exact_density(x, sigma), derivatives(name, x, sigma)):
+        close(ours, theirs, rtol=1e-6, atol=1e-6)
+    close(script.exact_score(x, sigma), derivatives(name, x, sigma)[1], rtol=1e-6, atol=1e-6)
+
+
+def test_exact_score_far_away(data):
+    """At distance 100, in float32, the score still points back at its full length: no "density + 1e-8" swallows it."""
+    name, script = data
+    x = 100 * torch.stack([torch.linspace(0, 6, 20).cos(), torch.linspace(0, 6, 20).sin()], 1)
+    s = script.exact_score(x, 0.1)
+    assert (torch.cosine_similarity(s, -x) > 0.9).all()
+    torch.testing.assert_close(s, derivatives(name, x, 0.1)[1].float(), rtol=1e-4, atol=1e-4)
+
+
+def test_exact_density_takes_one_sigma_per_point(data):
+    """A tensor of sigmas (B,), longer than one piece of 500 points, gives each point the answer of its own sigma."""
+    name, script = data
+    x, sigma = normal(1100, 2), torch.tensor([0.05, 0.7]).double().repeat(550)
+    each = [script.exact_density(x, s) for s in (0.05, 0.7)]
+    for both, low, high in zip(script.exact_density(x, sigma), *each):
+        close(both[::2], low[::2])
+        close(both[1::2], high[1::2])
+
+
+def test_sample_data_moments(data):
+    """First and second moments of the draws are those of the law."""
+    name, script = data
+    centres, covs = centres_and_covs(name)
+    x = script.sample_data(20000, generator(1)).double()
+    assert x.shape == (20000, 2)
+    within(x, centres.mean(0), se=5)
+    within(x[:, :, None] * x[:, None], (covs + centres[:, :, None] * centres[:, None]).mean(0), se=5)
+
+
+def test_sample_data_noise(data):
+    """Points lie off the curve by the noise tau: their distance to it is |N(0, tau^2)|."""
+    name, script = data
+    if name == "gmm2":
+        pytest.skip("its covariances are in the moments")
+    distance = torch.cdist(script.sample_data(4000, generator(2)).double(), centres_and_covs(name, 6000)[0]).amin(1)
+    assert distance.square().mean().sqrt().item() == pytest.approx(TAU[name], rel=0.05)
+
+
+def test_sample_data_is_independent(data):
+    """The number of 100 points that fall on one side varies as a coin's: points on a grid would make the SW2 floor too low."""
+    name, script = data
+    draws = torch.stack([script.sample_data(100, generator(i)) for i in range(400)])
+    side = (draws[:, :, 0] > draws[:, :, 0].median()).double()
+    assert side.sum(1).var().item() == pytest.approx(25, rel=4 * math.sqrt(2 / 400))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_same_seed_gives_same_data(name):
+    """--seed fixes the training data whatever else has drawn random numbers, numpy's included."""
+    first, _, again = run("dsm_2d", f"--data {name}", "Noise"), np.random.rand(), run("dsm_2d", f"--data {name}", "Noise")
+    assert torch.equal(first.x_data, again.x_data)
+
+
+# %% dsm_2d.py: noise levels
+STRAIGHTENED = {   # what of (sigma - sigma_min)/(sigma_max - sigma_min), or of sigma, falls in equal steps
+    "geometric": lambda u, sigma: np.log(sigma), "adaptive": lambda u, sigma: np.log(sigma), "linear": lambda u, sigma: u,
+    "quadratic": lambda u, sigma: np.sqrt(u), "cosine": lambda u, sigma: np.arccos(1 - 2 * u),
+}
+
+
+@pytest.mark.parametrize("name", STRAIGHTENED)
+def test_schedule(dsm_2d, name):
+    """Every schedule descends from sigma_max to sigma_min with the spacing of its name."""
+    sigma = dsm_2d.sigma_schedule(name, 30, 0.05, 7.0).double().numpy()
+    assert sigma.shape == (30,) and (np.diff(sigma) < 0).all()
+    assert sigma[[0, -1]] == pytest.approx([7.0, 0.05], rel=1e-5)
+    steps = np.diff(STRAIGHTENED[name](((sigma - 0.05) / 6.95).clip(0, 1), sigma))
+    assert steps == pytest.approx(np.full(29, steps.mean()), rel=1e-2)   # float32 cancels in sigma - sigma_min
+
+
+def test_level_range(dsm_2d):
+    """Limits come from the pairwise distances, and duplicated points do not make the smallest level 0."""
+    x = dsm_2d.x_data[:100].repeat(3, 1)
+    distances = pdist(x.double())
+    assert dsm_2d.level_range(x) == pytest.approx((0.01, distances.max()))
+    assert dsm_2d.level_range(x, adaptive=True) == pytest.approx(np.quantile(distances[distances > 0], [0.01, 0.99]), rel=1e-4)
+
+
+def test_warns_when_langevin_noise_grows():
+    """Too few Langevin steps for the ratio of the levels, |1 - kappa|^K gamma >= 1, are warned of; the defaults are not."""
+    with pytest.warns(UserWarning, match=r"kappa\|\^K gamma"):
+        run("dsm_2d", "--kappa 0.2 --K 1 --sigma_max 1 --sigma_min 0.1 --T 9", until="Model")   # 0.8 * 1.33 = 1.07
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("dsm_2d", "--kappa 0.3 --K 1 --sigma_max 1 --sigma_min 0.1 --T 9", until="Model")   # 0.7 * 1.33 = 0.93
+        run("dsm_2d", "--T 40", until="Model")
+
+
+# %% dsm_2d.py: model
+def test_embedding_separates_levels(dsm_2d):
+    """Levels that 003's sin(2^k pi sigma) takes for one another differ, and neighbouring levels look alike."""
+    embed = dsm_2d.FourierTimeEmbedding(8)
+    assert embed(torch.zeros(5)).shape == (5, 16)
+    assert pdist(embed(torch.tensor([2.0, 4.0, 10.0, 50.0]).log())).min() > 0.3
+    assert pdist(embed(torch.tensor([1.0, 1.05]).log())).max() < 0.1
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_model_is_preconditioned(dsm_2d, trained):
+    """score = (D - x)/sigma^2 with D of Karras et al. 2022, table 1; an untrained network is the score of one Gaussian."""
+    mean, sigma_data = torch.tensor([3.0, -1.0]), 1.7
+    model = dsm_2d.ScoreMLP(16, mean=mean, sigma_data=sigma_data).double()
+    if trained:
+        torch.nn.init.normal_(model.net[-1].weight)
+    seen = []
+    model.net.register_forward_hook(lambda net, inputs, F: seen.extend([inputs[0], F]))
+    x, sigma = mean + normal(9, 2), torch.logspace(-2, 1, 9).double()
+    s, centred, s2, d2 = model(x, sigma.log()), x - mean, sigma[:, None] ** 2, torch.tensor(sigma_data).double() ** 2
+    c_skip, c_out, c_in = d2 / (s2 + d2), (s2 * d2 / (s2 + d2)).sqrt(), 1 / (s2 + d2).sqrt()
+    close(seen[0][:, :2], c_in * centred, rtol=1e-6, atol=1e-6)   # sigma_data is kept in float32
+    close(s, (c_skip * centred + c_out * seen[1] - centred) / s2, rtol=1e-6, atol=1e-6)
+    if not trained:
+        close(s, -centred / (s2 + d2), rtol=1e-6, atol=1e-6)
+
+
+# %% dsm_2d.py: loss, floor, training
+POWER = {"none": 0, "sigma": 1, "sigma2": 2, "inv_sigma2": -2}   # 003: lambda(sigma) = sigma^power
+
+
+@pytest.mark.parametrize("w_mode", POWER)
+@pytest.mark.parametrize("exact", [False, True], ids=["linear", "exact"])
+def test_loss_value(dsm_2d, w_mode, exact):
+    """On Gaussian data the loss of s = -A x is its closed form, and the loss of the exact score is the floor."""
+    sigmas, A, variances = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([[0.9, 0.2], [-0.3, 0.4]]), torch.tensor([1.5, 0.3])
+    x = torch.randn(500, 4000, 2)
+    if exact:
+        x, model = x * variances.sqrt(), lambda x, log_sigma: -x / (variances + (2 * log_sigma).exp()[:, None])
+        level = [0.5 * (variances / (s**2 * (s**2 + variances))).sum() for s in sigmas]
+    else:   # E||A x_noisy - eps/sigma||^2 = ||A||^2 + ||I/sigma - sigma A||^2 in Frobenius norms
+        model = lambda x, log_sigma: -x @ A.T
+        level = [0.5 * (A.square().sum() + (torch.eye(2) / s - s * A).square().sum()) for s in sigmas]
+    losses = torch.stack([dsm_2d.dsm_loss_multi_sigma(model, batch, sigmas, w_mode) for batch in x[:200]])
+    within(losses, sum(s ** POWER[w_mode] * value for s, value in zip(sigmas, level)) / 3)
+
+
+@pytest.mark.parametrize("a, sign", [(0.2, -1), (0.45, -1), (0.55, 1), (2.0, 1)])
+def test_loss_gradient_sign(dsm_2d, a, sign):
+    """For N(0, I) at sigma = 1 the score is -x/2: the loss of s = -a x falls up to a = 1/2 and rises after."""
+    a = torch.tensor(a, requires_grad=True)
+    dsm_2d.dsm_loss_multi_sigma(lambda x, log_sigma: -a * x, torch.randn(40000, 2), torch.ones(1)).backward()
+    assert sign * a.grad > 0
+
+
+def test_loss_uses_opposite_noise(dsm_2d):
+    """Each x comes with +eps and -eps at one level, which removes the 1/sigma part of the gradient; all levels come."""
+    x, sigmas, seen = torch.randn(3000, 2), torch.tensor([1.0, 0.1, 0.01]), []
+    dsm_2d.dsm_loss_multi_sigma(lambda *inputs: seen.extend(inputs) or torch.zeros(6000, 2), x, sigmas)
+    x_noisy, sigma = seen[0].view(2, 3000, 2), seen[1].exp().view(2, 3000)
+    torch.testing.assert_close(x_noisy.mean(0), x)
+    torch.testing.assert_close(sigma[0], sigma[1])
+    noise = (x_noisy[0] - x) / sigma[0][:, None]
+    for level in sigmas:
+        here = (sigma[0] / level - 1).abs() < 1e-4
+        assert here.double().mean().item() == pytest.approx(1 / 3, abs=4 * math.sqrt(2 / 9 / 3000))
+        within(noise[here].square(), torch.ones(2))
+
+
+def test_loss_refuses_unknown_weight(dsm_2d):
+    """A misspelt weight is an error, not another weight."""
+    with pytest.raises(KeyError, match="sigma3"):
+        dsm_2d.dsm_loss_multi_sigma(lambda x, log_sigma: x, torch.zeros(4, 2), torch.ones(1), "sigma3")
+
+
+def test_floor(dsm_2d):
+    """The printed floor is lambda/2 (d/sigma^2 - E||s*||^2) averaged over the levels, a form that needs no Laplacian."""
+    T, value, variance = len(dsm_2d.levels), 0, 0
+    for sigma, laplacian in zip(dsm_2d.levels, dsm_2d.check_laplacian.double().view(2 * T - 1, -1)[::2], strict=True):
+        energy = derivatives("gmm2", law("gmm2", sigma).sample((50000,)), sigma)[1].square().sum(1)
+        value += sigma**2 / 2 * (2 / sigma**2 - energy.mean()) / T
+        variance += (sigma**2 / 2 / T) ** 2 * (energy.var() / len(energy) + laplacian.var() / len(laplacian))
+    assert dsm_2d.floor == pytest.approx(value.item(), abs=4 * variance.sqrt().item())
+
+
+def test_floor_of_000():
+    """000's unweighted loss stays near 478.57 although it is learned: that is its floor."""
+    assert run("dsm_2d", "--w_mode none --T 8 --sigma_min 0.02 --sigma_max 0.8 --steps 1", until="Sampling").floor == pytest.approx(478.57, abs=0.5)
+
+
+def test_reported_error(dsm_2d):
+    """The printed score errors and excess are those of the learned score, on points drawn by torch.distributions."""
+    errors, sizes, levels = [], [], dsm_2d.check_levels.tolist()
+    for sigma in levels:
+        x = law("gmm2", sigma).sample((4000,))
+        s = derivatives("gmm2", x, sigma)[1]
+        errors.append((dsm_2d.score(x.float(), sigma) - s).square().sum(1).mean().item())
+        sizes.append(s.square().sum(1).mean().item())
+    relative, sigma = np.sqrt(np.divide(errors, sizes)), np.array(levels)
+    assert dsm_2d.relative_error == pytest.approx(relative, rel=0.15)   # from 1000 points a level
+    assert dsm_2d.score_err == pytest.approx((relative[1:] + relative[:-1]).mean() / 2, rel=0.05)   # equal steps of log sigma
+    step, _, excess = dsm_2d.history[-1]
+    assert step == dsm_2d.args.steps and excess == pytest.approx((sigma**2 / 2 * errors)[::2].mean(), rel=0.15)
+
+
+def test_average_of_weights_follows_a_short_run(dsm_2d):
+    """The EMA forgets its start within 30 steps, remembers about 200 later, and is what score, model and model.pt hold."""
+    average = torch.zeros(())
+    for n in range(1, 31):
+        average = dsm_2d.ema.avg_fn(average, torch.ones(()), torch.tensor(n))
+    assert average > 0.99
+    assert dsm_2d.ema.avg_fn(torch.zeros(()), torch.ones(()), torch.tensor(10**6)).item() == pytest.approx(1 / 200, rel=1e-3)
+    saved = torch.load(Path(dsm_2d.args.outdir) / "model.pt", weights_only=True)
+    for ours, mean, file in zip(dsm_2d.model.state_dict().values(), dsm_2d.ema.module.state_dict().values(), saved.values()):
+        close(ours, mean, rtol=0, atol=0)
+        close(ours, file, rtol=0, atol=0)
+    assert int(dsm_2d.ema.n_averaged) == 30
+    x = dsm_2d.x_data
+    at_start = -(x - dsm_2d.mean) / (1 + dsm_2d.sigma_data**2)
+    assert (dsm_2d.score(x, 1.0) - at_start).norm() > 0.02 * at_start.norm()
+    with torch.no_grad():
+        close(dsm_2d.score(x, 1.0), dsm_2d.ema.module(x, torch.zeros(len(x))))
+
+
+def test_training_learns():
+    """A short run learns the score of gmm2 to 20 % where the noise is of the size of the data."""
+    script = run("dsm_2d", "--n 20000 --batch 256 --T 20 --steps 400", until="Sampling")
+    for sigma in (0.5, 1.0, 2.0):
+        x = law("gmm2", sigma).sample((4000,))
+        s = derivatives("gmm2", x, sigma)[1]
+        assert (script.score(x.float(), sigma) - s).square().mean().sqrt() < 0.2 * s.square().mean().sqrt()
+
+
+def test_divergence_is_reported(tmp_path):
+    """A run that diverges stops with a message (status 1) that names the step, and leaves no file."""
+    with pytest.raises(SystemExit, match=r"^diverged at step \d+: .*--lr below 100"):
+        run("dsm_2d", f"--lr 100 --w_mode none --steps 200 --outdir {tmp_path}")
+    assert os.listdir(tmp_path) == []
+
+
+# %% dsm_2d.py: samplers, on data N(0, v) whose exact score -x/(sigma^2 + v) makes each of them a linear recursion
+gaussian = lambda v: lambda x, sigma: -x / (sigma**2 + v)
+mixed = lambda x, sigma: derivatives("gmm2", x, sigma)[1]   # a score that is not linear
+RHO = {"ancestral": lambda ratio: ratio, "pc": lambda ratio: ratio, "ddim": lambda ratio: 1, "renoise": lambda ratio: 0}
+
+
+def sampler(script, name):
+    """A sampler as the script's own table has it; renoise (rho = 0) is the one that the table leaves out."""
+    return partial(script.consistent_annealed_sampling, rho=RHO[name]) if name == "renoise" else script.SAMPLERS[name][0]
+
+
+@pytest.mark.parametrize("v", [0, 0.3, 2])
+@pytest.mark.parametrize("name", ["ald", *RHO])
+def test_sampler_variances(dsm_2d, name, v):
+    """Every state has the variance that theory.md 7 and 8 predict; for v = 0, a point, the end is the point itself."""
+    sigmas, u, expected = [3.0, 2.0, 1.0, 0.6, 0.2], 16.0, []
+    kappa, K = dsm_2d.args.kappa, dsm_2d.args.K if name == "ald" else 1
+
+    def after_langevin(u, sigma):
+        a, stationary = 1 - kappa * sigma**2 / (sigma**2 + v), (sigma**2 + v) / (1 - kappa * sigma**2 / (2 * (sigma**2 + v)))
+        return a ** (2 * K) * (u - stationary) + stationary
+
+    if name == "ald":
+        for sigma in sigmas:
+            expected.append(u := after_langevin(u, sigma))
+        expected.append(u * (v / (sigma**2 + v)) ** 2)
+    else:   # x_next = D + rho (sigma_next/sigma) (x - D) + sigma_next sqrt(1 - rho^2) z with the denoised D = v x/(sigma^2 + v)
+        expected.append(u)
+        for sigma, sigma_next in zip(sigmas, sigmas[1:] + [0]):
+            rho, D = RHO[name](sigma_next / sigma), v / (sigma**2 + v)
+            u = (D + rho * sigma_next / sigma * (1 - D)) ** 2 * u + sigma_next**2 * (1 - rho**2)
+            expected.append(u := after_langevin(u, sigma_next) if name == "pc" and sigma_next else u)
+    path = sampler(dsm_2d, name)(gaussian(v), 4 * normal(20000, 1), sigmas, generator(1))
+    assert len(path) == 6
+    assert [x.square().mean().item() for x in path] == pytest.approx(expected, rel=0.04, abs=1e-20)   # 4 SE = 4 sqrt(2/20000)
+
+
+@pytest.mark.parametrize("kappa, K", [(0.05, 200), (0.4, 20), (1.5, 20)])
+def test_langevin_stationary_variance(dsm_2d, kappa, K):
+    """At one level Langevin dynamics forgets its start and settles at V/(1 - h/2V), V = sigma^2 + v, h = kappa sigma^2."""
+    state, _ = dsm_2d.annealed_langevin_dynamics(gaussian(0.5), 10 + normal(20000, 1), [1.0], generator(1), K=K, kappa=kappa)
+    assert state.square().mean().item() == pytest.approx(1.5 / (1 - kappa / 3), rel=0.04)
+
+
+@pytest.mark.parametrize("kappa", [0, -1, 2, 2.5, math.nan])
+def test_langevin_refuses_unstable_step(dsm_2d, kappa):
+    """From kappa = 2 on Langevin dynamics diverges, at 0 it stands still: both are errors, for ald and for pc."""
+    for function in (partial(dsm_2d.annealed_langevin_dynamics, kappa=kappa),
+                     partial(dsm_2d.consistent_annealed_sampling, corrector_steps=1, corrector_kappa=kappa)):
+        with pytest.raises(ValueError, match="kappa"):
+            function(gaussian(1), normal(5, 2), [2.0, 1.0], generator())
+
+
+@pytest.mark.parametrize("name, ratio", [("ddim", 2), ("heun", 4)])
+def test_order_of_ode_samplers(dsm_2d, name, ratio):
+    """With twice the steps DDIM's distance to the probability-flow solution halves, Heun's falls to a quarter."""
+    x, errors = normal(50, 2), []
+    for T in (41, 81):
+        sigmas = np.geomspace(10, 0.01, T).tolist()
+        state = sampler(dsm_2d, name)(gaussian(1), x, sigmas, generator())[T - 1]   # at sigma = 0.01
+        errors.append((state / (x * math.sqrt((0.01**2 + 1) / (10**2 + 1))) - 1).abs().max().item())
+    assert errors[0] < 0.1 and errors[0] / errors[1] == pytest.approx(ratio, rel=0.12)
+
+
+def test_steps_of_deterministic_samplers(dsm_2d):
+    """A DDIM step is Euler's for dx/dsigma = -sigma s, a Heun step the trapezoid over it; both end in x + sigma^2 s."""
+    x, (a, b) = normal(30, 2), (2.0, 1.2)
+    euler = x + (b - a) * -a * mixed(x, a)
+    trapezoid = x + (b - a) * (-a * mixed(x, a) - b * mixed(euler, b)) / 2
+    for name, expected in (("ddim", euler), ("heun", trapezoid)):
+        path = sampler(dsm_2d, name)(mixed, x, [a, b], generator())
+        for state, wanted in zip(path, [x, expected, expected + b**2 * mixed(expected, b)], strict=True):
+            close(state, wanted)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (7, 1, 4, 4)])
+@pytest.mark.parametrize("name", ["ald", "pc", "ancestral", "ddim", "heun"])
+def test_samplers_take_any_shape_and_no_gradient(dsm_2d, name, shape):
+    """Images pass as points do, and no graph is kept even where the score has parameters (003's grows over all steps)."""
+    v = torch.ones((), requires_grad=True)
+    path = sampler(dsm_2d, name)(lambda x, sigma: -x / (sigma**2 + v), normal(*shape).requires_grad_(), [2.0, 1.0], generator())
+    assert all(x.shape == shape for x in path) and not any(x.requires_grad for x in path[1:])
+
+
+def test_table_of_samplers(dsm_2d):
+    """Levels and costs are as printed: K T + 1 calls for ald, 2 T - 1 for pc, T for ancestral, ddim and heun."""
+    T, K = dsm_2d.args.T, dsm_2d.args.K
+    calls = {"ald": K * T + 1, "pc": 2 * T - 1, "ancestral": T, "ddim": T, "heun": T - 1}   # heun: 2 T/2 - 1 for even T
+    for name, (function, levels) in dsm_2d.SAMPLERS.items():
+        seen = []
+        function(lambda x, sigma: seen.append(sigma) or -x, normal(2, 2), levels, generator())
+        assert len(seen) == calls.pop(name) == dsm_2d.results[name][2] and set(seen) == set(levels)
+        assert [levels[0], levels[-1]] == dsm_2d.sigmas[[0, -1]].tolist()
+    assert not calls
+
+
+@pytest.mark.parametrize("name", ["ald", "heun"])
+def test_start_from_data_adds_the_noise_of_its_level(dsm_2d, name):
+    """sample_with_initialization first noises x to the level at which it starts (003 hands over the clean x)."""
+    x_init, levels, seen = normal(500, 2), dsm_2d.SAMPLERS[name][1], []
+    dsm_2d.sample_with_initialization(name, lambda x, sigma: seen.append((x, sigma)) or -x, x_init, 1, generator(3))
+    assert seen[0][1] == levels[1] and {sigma for _, sigma in seen} == set(levels[1:])
+    close(seen[0][0], x_init + levels[1] * normal(500, 2, seed=3))
+
+
+def test_diverged_sampler_is_reported(dsm_2d):
+    """Samples that are not numbers end the run with a message instead of a nan in the summary."""
+    with mock.patch.dict(dsm_2d.generate.__globals__, score=lambda x, sigma: x * math.nan):
+        with pytest.raises(SystemExit, match="^sampler heun diverged"):
+            dsm_2d.generate("heun", 1)
+
+
+def test_generation_starts_from_the_moments_of_the_data(dsm_2d):
+    """one_gaussian has the mean and the covariance of the training data."""
+    x = dsm_2d.one_gaussian(20000, generator(4)).double()
+    mean, cov = np.mean(dsm_2d.x_data.double().numpy(), axis=0), np.cov(dsm_2d.x_data.double().numpy().T)
+    within(x, torch.tensor(mean))
+    within((x - torch.tensor(mean))[:, :, None] * (x - torch.tensor(mean))[:, None], torch.tensor(cov))
+
+
+def test_looking_does_not_change_the_training(dsm_2d):
+    """Evaluation and sampling draw from generators of their own: torch's global one, which training uses, stays put."""
+    state = torch.get_rng_state()
+    dsm_2d.generate("pc", 1)
+    dsm_2d.squared_error(dsm_2d.model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# %% dsm_2d.py: the same network as a DDPM
+ALPHA_SIGMA = [(0.8, 0.6), (0.6, 0.8), (0.9, 1.7)]   # the last is not variance preserving
+
+
+@pytest.mark.parametrize("alpha, sigma", ALPHA_SIGMA)
+@pytest.mark.parametrize("source, target", list(permutations(["score", "eps", "x0", "v"], 2)))
+def test_convert(dsm_2d, source, target, alpha, sigma):
+    """Each quantity becomes each other one as defined from x = alpha x0 + sigma eps, and back again."""
+    x0, eps = normal(6, 2), normal(6, 2, seed=1)
+    x = alpha * x0 + sigma * eps
+    truth = {"score": -eps / sigma, "eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}
+    result = dsm_2d.convert(truth[source], x, alpha, sigma, source, target)
+    close(result, truth[target], rtol=1e-12, atol=1e-12)
+    close(dsm_2d.convert(result, x, alpha, sigma, target, source), truth[source], rtol=1e-12, atol=1e-12)
+
+
+def test_vp_schedule(dsm_2d):
+    """Only times whose sigma/alpha the network was trained on are used, all of them, in descending order."""
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[::-1]
+    ratio = np.sqrt(1 / alpha_bar - 1)
+    alphas, sigmas = map(np.array, dsm_2d.vp_schedule(0.1, 20.0))
+    assert (np.diff(sigmas / alphas) < 0).all() and sigmas[-1] / alphas[-1] >= 0.1 and sigmas[0] / alphas[0] <= 20
+    assert alphas == pytest.approx(np.sqrt(alpha_bar[(ratio >= 0.1) & (ratio <= 20)]), rel=1e-12)
+    assert alphas**2 + sigmas**2 == pytest.approx(np.ones(len(alphas)))
+
+
+@pytest.mark.parametrize("first", [100, 500, 950])
+@pytest.mark.parametrize("ddim", [False, True])
+def test_vp_sampler(dsm_2d, first, ddim):
+    """50 steps of the sampler are those of the DDPM and DDIM papers, and x / alpha those of the VE sampler."""
+    alphas, sigmas = (values[first:first + 51] for values in dsm_2d.vp_schedule(0.0, math.inf))
+    beta = np.linspace(1e-4, 0.02, 1000)
+    alpha_bar = np.cumprod(1 - beta)
+    x = start = normal(20, 2)
+    path = dsm_2d.vp_sampler(mixed, x, alphas, sigmas, generator(7), ddim=ddim)
+    ve = sampler(dsm_2d, "ddim" if ddim else "ancestral")(mixed, x / alphas[0], [s / a for s, a in zip(sigmas, alphas)], generator(7))
+    noise = generator(7)
+    for step in range(50):
+        t = 999 - first - step
+        a, s = math.sqrt(alpha_bar[t]), math.sqrt(1 - alpha_bar[t])
+        before = alpha_bar[t - 1] if t else 1.0
+        eps, z = -s / a * mixed(x / a, s / a), torch.randn(20, 2, generator=noise, dtype=torch.float64)
+        if ddim:   # Song et al. 2021, eq. 12 with sigma_t = 0
+            x = math.sqrt(before) * (x - s * eps) / a + math.sqrt(1 - before) * eps
+        else:      # Ho et al. 2020, algorithm 2 with the posterior variance of eq. 7
+            x = (x - beta[t] / s * eps) / math.sqrt(1 - beta[t]) + math.sqrt(beta[t] * (1 - before) / (1 - alpha_bar[t])) * z
+        close(path[step + 1], x)
+    for x, y, a in zip(path, ve, alphas + [1.0], strict=True):
+        close(x / a, y)
+    assert (path[0] - start).abs().max() == 0 and len(path) == len(alphas) + 1
+
+
+# %% dsm_2d.py: distance between sets
+def test_sw2_along_one_direction(dsm_2d):
+    """In each direction the distance is that of the best assignment of points to points."""
+    x, y = normal(40, 2).float(), 0.5 * normal(40, 2, seed=1).float() + 1
+    difference = dsm_2d.projections(x) - dsm_2d.projections(y)
+    for i in (0, 5, 31):
+        u = dsm_2d.directions[:, i]
+        cost = ((x @ u)[:, None] - (y @ u)[None]).square().numpy()
+        rows, columns = linear_sum_assignment(cost)
+        assert difference[i].square().mean().item() == pytest.approx(cost[rows, columns].mean(), rel=1e-4)
+
+
+def test_sw2_of_a_shift(dsm_2d):
+    """A set is at distance 0 from itself and at |c|/sqrt(2) from itself shifted by c, in whatever direction; pairs are averaged."""
+    project = lambda x: dsm_2d.projections(x.float())
+    x, c, d = normal(500, 2), torch.tensor([0.3, -0.4]), torch.tensor([0.0, 2.0])
+    assert dsm_2d.mean_sw2([(project(x), project(x))]) == 0
+    pairs = [(project(x), project(x + c)), (project(x), project(x + d))]
+    assert dsm_2d.mean_sw2(pairs[:1]) == pytest.approx(0.5 / math.sqrt(2), abs=1e-5)
+    assert dsm_2d.mean_sw2(pairs) == pytest.approx((0.5 + 2) / 2 / math.sqrt(2), abs=1e-5)
