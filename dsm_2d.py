@@ -35,7 +35,8 @@ from sklearn.datasets import make_circles, make_moons
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] + " Lengths are in data units.",
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--data", default="gmm2", choices=["gmm2", "circles", "moons", "swiss_roll"], help="which 2-D law")
 parser.add_argument("--schedule", default="geometric", choices=["geometric", "linear", "quadratic", "cosine", "adaptive"],
                     help="spacing of the levels")
@@ -76,6 +77,7 @@ if args.device != "auto" and not available[args.device]:
     parser.error(f"argument --device: no {args.device} on this machine")
 device = torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
 torch.manual_seed(args.seed)
+torch.set_num_threads(1)   # as fast as 2 for so small a network, and not 10 times slower when another program is busy
 
 # %% Data: every law is a mixture of Gaussians with equal weights, so its score is known at every noise level
 # gmm2: 000's two Gaussians. The others: 600 centres along a noise-free curve, as close together as their noise tau is wide.
@@ -473,13 +475,13 @@ raster = lambda n: torch.cartesian_prod(u := torch.linspace(-half, half, n), u).
 large = max(viz_sigma, min(2 * sigma_data.item(), sigma_max))
 fig, axs = plt.subplots(2, 3, figsize=(9, 6.4))
 for column, sigma in enumerate([viz_sigma, math.sqrt(viz_sigma * large), large]):
-    density, points = exact_density(raster(60), sigma)[0].exp().view(60, 60).numpy(), raster(19)
+    density, points = exact_density(raster(60), sigma)[0].exp().view(60, 60).numpy(), raster(16)
     fields = {"exact": exact_score(points, sigma), "learned": score(points.to(device), sigma).cpu()}
     cap = fields["exact"].norm(dim=1).median().item()
     for ax, (name, v) in zip(axs[:, column], fields.items()):
         v = v * (cap / v.norm(dim=1, keepdim=True)).clamp(max=1)
         ax.contourf(density, 12, extent=view, cmap="Greys", vmax=1.6 * density.max())
-        ax.quiver(*points.T.numpy(), *v.T.numpy(), angles="xy", scale_units="xy", scale=10 * cap / half, width=0.006,
+        ax.quiver(*points.T.numpy(), *v.T.numpy(), angles="xy", scale_units="xy", scale=10 * cap / half, width=0.007,
                   color=BLUE if name == "exact" else ORANGE)
         panel(ax, rf"{name}, $\sigma$ = {sigma:.2g}")
 fig.suptitle(r"Score $\nabla\log q_\sigma$ over the density $q_\sigma$ (long arrows cut at the median length)")
@@ -487,12 +489,12 @@ save("quiver.png", fig.savefig)
 
 x, eta = sample_data(1500, seeded(7)).to(device), viz_sigma**2 if args.eta is None else args.eta
 x_noisy = x + viz_sigma * noise_like(x, seeded(8))
-fig, axs = plt.subplots(1, 3, figsize=(10, 3.9))
+fig, axs = plt.subplots(1, 3, figsize=(10, 4.1))
 shown = [(0, r"noisy $\tilde x$", GREY), (eta, rf"$\eta$ = {eta:.3g}" + r" = $\sigma^2$, Tweedie" * (args.eta is None), ORANGE),
          (0.15, r"000's $\eta$ = 0.15", ORANGE)]
 for ax, (step, name, colour) in zip(axs, shown):
     x_step = x_noisy + step * score(x_noisy, viz_sigma)
-    panel(ax, f"{name}: mean square error {(x_step - x).square().sum(-1).mean().item():.3g}", (x, BLUE), (x_step, colour))
+    panel(ax, f"{name}\nmean square error {(x_step - x).square().sum(-1).mean().item():.3g}", (x, BLUE), (x_step, colour))
 fig.suptitle(rf"One step $x^{{(1)}}=\tilde x+\eta\,s(\tilde x,\sigma)$ at $\sigma$ = {viz_sigma:.2g}: clean blue, noisy grey, result orange")
 save("denoise_scatter.png", fig.savefig)
 

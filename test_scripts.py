@@ -49,12 +49,12 @@ BAD = {   # settings to be refused in a message with the first flag and its valu
 scratch = tempfile.TemporaryDirectory()
 
 
-def run(name, flags="", until="Pictures"):
+def run(name, flags="", until="Pictures", outdir=None):
     """Run the cells of a script before `until` in this process, tiny but for `flags`: what they define."""
     path, names = HERE / f"{name}.py", {"__name__": "__main__"}
     cells, found, _ = path.read_text(encoding="utf-8").partition(f"\n# %% {until}")
     assert found, f"{path} has no cell {until}"
-    outdir = tempfile.mkdtemp(dir=scratch.name)
+    outdir = str(outdir or tempfile.mkdtemp(dir=scratch.name))
     with mock.patch.object(sys, "argv", [str(path), "--outdir", outdir, *TINY[name].split(), *flags.split()]):
         exec(compile(cells, str(path), "exec"), names)
     return SimpleNamespace(**names)
@@ -124,6 +124,7 @@ def test_same_command_gives_same_bytes(command, request):
 def test_other_seed_gives_other_samples(name, request):
     """--seed reaches the data, the network and the sampling."""
     here, there = request.getfixturevalue(name), run(name, "--seed 1")
+    assert torch.initial_seed() == 1
     assert (here.x_data != there.x_data).any() and (here.samples != there.samples).all()
     assert all((a != b).all() for a, b in zip(here.model.parameters(), there.model.parameters()))
 
@@ -156,7 +157,7 @@ def test_bad_setting_is_refused(name, flags, tmp_path, capsys):
     if flags == "--device cuda" and torch.cuda.is_available():
         pytest.skip("there is a cuda device")
     with pytest.raises(SystemExit) as stop:
-        run(name, f"{flags} --outdir {tmp_path / 'out'}")
+        run(name, flags, outdir=tmp_path / "out")
     message = capsys.readouterr().err.splitlines()[-1]   # above it stands the usage, which names every flag
     flag, value, *_ = flags.split()
     assert stop.value.code == 2 and f"argument {flag}:" in message and value in message.split(flag)[1]
@@ -169,7 +170,7 @@ def test_outdir_that_is_a_file(name, tmp_path, capsys):
     file = tmp_path / "thesis.txt"
     file.write_text("ten years of work")
     with pytest.raises(SystemExit) as stop:
-        run(name, f"--outdir {file}")
+        run(name, outdir=file)
     assert stop.value.code == 2 and "argument --outdir:" in capsys.readouterr().err.splitlines()[-1]
     assert file.read_text() == "ten years of work"
 
@@ -462,7 +463,7 @@ def test_training_learns():
 def test_divergence_is_reported(tmp_path):
     """A run that diverges stops with a message (status 1) that names the step, and leaves no file."""
     with pytest.raises(SystemExit, match=r"^diverged at step \d+: .*--lr below 100"):
-        run("dsm_2d", f"--lr 100 --w_mode none --steps 200 --outdir {tmp_path}")
+        run("dsm_2d", "--lr 100 --w_mode none --steps 200", outdir=tmp_path)
     assert os.listdir(tmp_path) == []
 
 
