@@ -271,7 +271,7 @@ with tqdm(range(1, args.steps + 1), desc="training", mininterval=0.5) as bar:
         scheduler.step()
         ema.update_parameters(model)
         losses.append(loss.item())
-        if step % max(1, args.steps // 10) == 0 or not math.isfinite(losses[-1]):
+        if step % max(1, args.steps // 10) == 0 or step == args.steps or not math.isfinite(losses[-1]):
             # from exact scores: the difference loss - floor would drown in the noise of the loss
             excess = (weight / 2 * squared_error(ema.module)[::2]).mean().item()
             history.append((step, np.mean(losses), excess))
@@ -297,7 +297,7 @@ def noise_like(x, generator):
 def langevin_step(score, x, sigma, kappa, generator):
     """x + (eta/2) s + sqrt(eta) z, eta = 2 kappa sigma^2: for small kappa it keeps q_sigma as it is.
 
-    It does not lead to the next level, as 002 says. For thin data the variance settles at sigma^2 / (1 - kappa/2).
+    It does not lead to the next level, though 002 says so. For thin data the variance settles at sigma^2 / (1 - kappa/2).
     """
     if not 0 < kappa < 2:
         raise ValueError(f"kappa = {kappa} is outside (0, 2): Langevin dynamics diverges there")
