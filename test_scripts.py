@@ -36,15 +36,19 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 HERE = Path(__file__).resolve().parent
 TINY = {   # settings with which a script takes seconds
     "dsm_2d": "--n 300 --batch 64 --steps 30 --T 6 --n_samples 64",
+    "dsm_homework": "--n 100 --batch 40 --epochs 3 --num_steps 12 --n_samples 200",
 }
 OUTPUT = {   # shape of samples.npy and the pictures
     "dsm_2d": ((64, 2), ["denoise_scatter.png", "generation.png", "quiver.png", "training.png"]),
+    "dsm_homework": ((200, 2), ["curves.png", "fields.png", "grid.png", "sigma_row.png", "trajectories.png"]),
 }
 BAD = {   # settings to be refused in a message with the first flag and its value
     "dsm_2d": ["--n 0", "--n many", "--T 1", "--sigma_min 0", "--sigma_min -1", "--sigma_min nan", "--sigma_min 3 --sigma_max 3",
                "--sigma_min 4 --sigma_max 3", "--sigma_max inf", "--steps 0", "--batch 0", "--batch 301", "--lr 0", "--lr nan", "--K 0",
                "--kappa 0", "--kappa 2", "--kappa nan", "--viz_sigma 0.005", "--viz_sigma 1000", "--eta -1", "--n_samples 1", "--seed -1",
                "--data cubes", "--schedule steep", "--w_mode heavy", "--sampler magic", "--device abacus", "--device cuda"],
+    "dsm_homework": ["--n 9", "--sigma 0", "--sigma -1", "--sigma nan", "--epochs 0", "--batch 81", "--lr 0", "--num_steps 0", "--eta 0", "--eta -1",
+                     "--eta nan", "--eta 0.08", "--eta 5 --sigma 1", "--n_samples 1", "--seed -1", "--device abacus", "--device cuda"],
 }
 scratch = tempfile.TemporaryDirectory()
 
@@ -93,7 +97,7 @@ def test_command_ends_with_its_summary(command):
     last = dict(pair.split("=") for pair in command.done.stdout.splitlines()[-1].split(" "))
     summary = json.loads((command.outdir / "summary.json").read_text(), parse_constant=pytest.fail)   # it sees NaN and Infinity
     assert last == {key: str(value) for key, value in summary["figures"].items()}
-    assert summary["settings"]["steps"] == int(last["steps"])
+    assert summary["settings"]["seed"] == int(last["seed"])
 
 
 def test_command_writes_its_files_and_no_others(command):
@@ -145,10 +149,10 @@ def test_notebook_cell(name, tmp_path):
     assert len(figures) == len(OUTPUT[name][1]) == len(list(tmp_path.glob("*.png")))
     assert {"args", "x_data", "model", "score", "exact_score", "samples"} <= set(cell)
     assert cell["samples"].shape == OUTPUT[name][0]
-    x = cell["x_data"][:5]
+    x, sigma = cell["x_data"][:5], getattr(cell["args"], "sigma", 0.5)
     for field in ("score", "exact_score"):
-        assert cell[field](x, 0.5).shape == x.shape and torch.isfinite(cell[field](x, 0.5)).all()
-        torch.testing.assert_close(cell[field](x, torch.full((5,), 0.5)), cell[field](x, 0.5))   # sigma a float or (B,)
+        assert cell[field](x, sigma).shape == x.shape and torch.isfinite(cell[field](x, sigma)).all()
+        torch.testing.assert_close(cell[field](x, torch.full((5,), sigma)), cell[field](x, sigma))   # sigma a float or (B,)
 
 
 @pytest.mark.parametrize("name, flags", [(name, flags) for name in BAD for flags in BAD[name]])
@@ -178,9 +182,9 @@ def test_outdir_that_is_a_file(name, tmp_path, capsys):
 @pytest.mark.parametrize("name", TINY)
 def test_bad_setting_as_a_command(name, tmp_path):
     """In a terminal a wrong setting is two lines and status 2, not a traceback."""
-    done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), "--steps", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), "--seed", "-1"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == "" and os.listdir(tmp_path) == []
-    assert done.stderr.startswith("usage:") and "argument --steps:" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("usage:") and "argument --seed:" in done.stderr and "Traceback" not in done.stderr
 
 
 # %% dsm_2d.py: data and exact score
@@ -667,3 +671,225 @@ def test_sw2_of_a_shift(dsm_2d):
     pairs = [(project(x), project(x + c)), (project(x), project(x + d))]
     assert dsm_2d.mean_sw2(pairs[:1]) == pytest.approx(0.5 / math.sqrt(2), abs=1e-5)
     assert dsm_2d.mean_sw2(pairs) == pytest.approx((0.5 + 2) / 2 / math.sqrt(2), abs=1e-5)
+
+
+# %% dsm_homework.py: note 001 task 2
+@pytest.fixture(scope="session")
+def dsm_homework():
+    return run("dsm_homework")
+
+
+def moons(sigma):
+    """400 points of the two moons with noise 0.1, convolved with N(0, sigma^2 I), as a torch distribution."""
+    angle = torch.linspace(0, math.pi, 200, dtype=torch.float64)
+    upper = torch.stack([angle.cos(), angle.sin()], 1)
+    centres = torch.cat([upper, torch.tensor([1, 0.5]).double() - upper])
+    return MixtureSameFamily(Categorical(torch.ones(400).double()), MultivariateNormal(centres, (0.01 + sigma**2) * torch.eye(2).double()))
+
+
+def moons_score(x, sigma):
+    x = x.double().requires_grad_()
+    return torch.autograd.grad(moons(sigma).log_prob(x).sum(), x)[0]
+
+
+def test_homework_contract(dsm_homework):
+    """What the homework asserts of its class: shapes of forward, loss and sample, for any score model and input shape."""
+    for model, shape in ((torch.nn.Linear(2, 2), (2,)), (torch.nn.Conv2d(1, 1, 3, padding=1), (1, 4, 4))):
+        matcher = dsm_homework.DenoisingScoreMatcher(score_model=model, input_shape=shape, sigma=0.1)
+        x = torch.rand(16, *shape)
+        assert matcher(x).shape == x.shape and matcher.loss(x)["total_loss"].shape == ()
+        assert matcher.sample(4).shape == (4, *shape) and not matcher.sample(4).requires_grad
+        assert matcher.device == torch.device("cpu") and torch.equal(matcher.state_dict()["sigma"], torch.tensor(0.1))
+    with pytest.raises(ValueError, match="sigma"):
+        dsm_homework.DenoisingScoreMatcher(torch.nn.Linear(2, 2), (2,), 0.0)
+
+
+def test_homework_training_helper(dsm_homework):
+    """A generic helper that only knows loss(batch)["total_loss"], parameters() and sample(n) trains the class."""
+    matcher = dsm_homework.DenoisingScoreMatcher(torch.nn.Linear(2, 2), (2,), 1.0)
+    optimizer, x = torch.optim.SGD(matcher.parameters(), 0.05), normal(2000, 2).float()
+    for _ in range(300):
+        optimizer.zero_grad()
+        matcher.loss(x)["total_loss"].backward()
+        optimizer.step()
+    close(matcher.score_model.weight.detach(), -torch.eye(2) / 2, rtol=0, atol=0.08)   # N(0, I) noised with sigma 1: s = -x/2
+    assert matcher.sample(7).shape == (7, 2)
+
+
+@pytest.mark.parametrize("sigma, d", [(0.1, 2), (0.5, 3)])
+def test_homework_loss_on_a_quadratic(dsm_homework, sigma, d):
+    """s = -a x on N(0, I): E||s + eps/sigma||^2 = d (a^2 (1 + sigma^2) - 2 a + 1/sigma^2), whose gradient in a changes sign at 1/(1 + sigma^2)."""
+    x = normal(40000, d, seed=1)   # seed 0 would repeat the loss's own noise
+    for a in (0.3, 1 / (1 + sigma**2), 2.0):
+        slope = torch.tensor(a, dtype=torch.float64, requires_grad=True)
+        matcher = dsm_homework.DenoisingScoreMatcher(lambda x: -slope * x, (d,), sigma).double()
+        loss = matcher(x).sum(1)
+        within(loss.detach(), d * (a**2 * (1 + sigma**2) - 2 * a + 1 / sigma**2))
+        gradient = torch.autograd.grad(matcher.loss(x)["total_loss"], slope)[0].item()
+        assert gradient == pytest.approx(2 * d * (a * (1 + sigma**2) - 1), abs=0.15 / sigma)
+    close(matcher.loss(x, generator(1))["total_loss"].detach(), matcher(x, generator(1)).sum(1).mean().detach())
+
+
+def test_homework_data(dsm_homework):
+    """80 % of make_moons(noise=0.1) train and 20 % test, float32, with their labels."""
+    train, train_labels, test, test_labels = dsm_homework.generate_moons_data(2000, 3)
+    assert train.shape == (1600, 2) and test.shape == (400, 2) and train.dtype == np.float32
+    x, label = torch.tensor(np.concatenate([train, test])).double(), np.concatenate([train_labels, test_labels])
+    centres = moons(0.0).component_distribution.mean
+    distance = torch.cdist(x, centres)
+    assert distance.amin(1).square().mean().sqrt().item() == pytest.approx(0.1, rel=0.06)
+    assert ((distance.argmin(1) >= 200).numpy() == (label == 1)).mean() > 0.99
+    assert (dsm_homework.generate_moons_data(2000, 3)[0] == train).all()
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1, 1.0])
+def test_homework_exact_density(dsm_homework, sigma):
+    """log q, score and Laplacian of the noised moons agree with torch.distributions, autograd and finite differences; far away, too."""
+    x, h = torch.cat([moons(sigma).sample((50,)), 20 * normal(10, 2)]), 1e-4
+    log_q, s, laplacian = dsm_homework.exact_density(x, sigma)
+    close(log_q, moons(sigma).log_prob(x), rtol=1e-7, atol=1e-8)
+    close(s, moons_score(x, sigma), rtol=1e-7, atol=1e-6)
+    step = h * torch.eye(2).double()
+    difference = sum((moons_score(x + e, sigma) - moons_score(x - e, sigma))[:, i] / (2 * h) for i, e in enumerate(step))
+    close(laplacian, difference, rtol=1e-4, atol=1e-3)
+
+
+def test_homework_sample_data(dsm_homework):
+    """Draws have the moments of the law."""
+    x, law_ = dsm_homework.sample_data(20000, generator(1)).double(), moons(0.0)
+    within(x, law_.mean, se=5)
+    assert x.var(0).numpy() == pytest.approx(law_.variance.numpy(), rel=0.05)
+
+
+def test_homework_floor_and_error(dsm_homework):
+    """The floor of the loss is that of the exact score, and the printed error and excess are those of the learned one."""
+    x, eps = moons(0.0).sample((8000,)), normal(8000, 2)
+    x_noisy = x + 0.1 * eps
+    loss = (moons_score(x_noisy, 0.1) + eps / 0.1).square().sum(1)
+    assert dsm_homework.floor == pytest.approx(loss.mean().item(), rel=0.04)
+    error = (dsm_homework.score(x_noisy.float()) - moons_score(x_noisy, 0.1)).square().sum(1).mean().item()
+    assert dsm_homework.history[-1][3] == pytest.approx(error, rel=0.1)
+    size = moons_score(x_noisy, 0.1).square().sum(1).mean().item()
+    assert dsm_homework.score_err == pytest.approx(math.sqrt(error / size), rel=0.1)
+
+
+def test_homework_score_knows_one_sigma(dsm_homework):
+    """score refuses a noise level that the network was not trained at."""
+    with pytest.raises(ValueError, match="0.1 only"):
+        dsm_homework.score(dsm_homework.x_data, 0.2)
+
+
+def test_homework_learns(dsm_homework):
+    """A short run gets the score to 30 % under q_sigma (s = 0 has 100 %)."""
+    script = run("dsm_homework", "--n 2000 --batch 400 --epochs 80 --sigma 0.3", until="Checks")
+    x = moons(0.3).sample((4000,))
+    s = moons_score(x, 0.3)
+    assert (script.score(x.float()) - s).square().mean().sqrt() < 0.3 * s.square().mean().sqrt()
+
+
+# %% dsm_homework.py: Langevin dynamics, theory.md 6
+last = lambda states: [state for state in states][-1]
+
+
+@pytest.mark.parametrize("eta", [0.1, 1.0, 1.9, 3.5])
+def test_6_2_langevin_variance(dsm_homework, eta):
+    """On N(0, V) the variance follows its recursion and settles at V/(1 - eta/4V), for the class as for the function."""
+    V, x = 1.3, 3 * normal(20000, 1)
+    expected = [9.0]
+    for _ in range(100):
+        expected.append((1 - eta / (2 * V)) ** 2 * expected[-1] + eta)
+    matcher = dsm_homework.DenoisingScoreMatcher(lambda x: -x / V, (1,), 1.0)
+    for count in (1, 3, 100):
+        for state in (last(dsm_homework.langevin(lambda x: -x / V, x, count, eta, generator(1))), matcher.langevin_dynamics(x, count, eta, generator(1))):
+            assert state.square().mean().item() == pytest.approx(expected[count], rel=0.04)
+    assert expected[-1] == pytest.approx(V / (1 - eta / (4 * V)), rel=0.02)
+
+
+def test_6_1_one_step(dsm_homework):
+    """num_steps=1 is x + (eta/2) s + sqrt(eta) z: half the step on the score, the root on the noise."""
+    x, matcher = normal(5, 2), dsm_homework.DenoisingScoreMatcher(lambda x: 7 - x, (2,), 1.0)
+    close(matcher.langevin_dynamics(x, 1, 0.3, generator(2)), x + 0.15 * (7 - x) + math.sqrt(0.3) * normal(5, 2, seed=2))
+    assert matcher.langevin_dynamics(x, 0, 0.3) is x
+
+
+def test_6_4_temperature(dsm_homework):
+    """noise_scale T samples q^(1/T): on N(0, V) the variance is T V/(1 - eta/4V)."""
+    state = last(dsm_homework.langevin(lambda x: -x, normal(20000, 1), 60, 0.5, generator(1), noise_scale=0.3))
+    assert state.square().mean().item() == pytest.approx(0.3 / (1 - 0.125), rel=0.04)
+
+
+def test_6_5_preconditioning(dsm_homework):
+    """Langevin dynamics of y = root^-1 x is x + (eta/2) M s + sqrt(eta) root z with M = root root^T; M = Sigma decouples the directions."""
+    root, x, score = normal(2, 2, seed=4), normal(6, 2), lambda x: torch.sin(3 * x) - x
+    of_y = dsm_homework.whitened(lambda x: (x.sum(1), score(x)), root)
+    y = last(dsm_homework.langevin(lambda y: of_y(y)[1], torch.linalg.solve(root, x.T).T, 1, 0.2, generator(3)))
+    close(y @ root.T, x + 0.1 * score(x) @ (root @ root.T) + math.sqrt(0.2) * normal(6, 2, seed=3) @ root.T)
+    close(of_y(y)[0], (y @ root.T).sum(1))
+    covariance = root @ root.T
+    of_y = dsm_homework.whitened(lambda x: (None, -torch.linalg.solve(covariance, x.T).T), root)
+    close(of_y(y)[1], -y)
+
+
+def test_6_3_mala_is_exact(dsm_homework):
+    """MALA keeps a non-Gaussian density at a step at which Langevin dynamics is far off; every chain is tested for itself."""
+    law_ = MixtureSameFamily(Categorical(torch.tensor([0.3, 0.7]).double()),
+                             MultivariateNormal(torch.tensor([[0.0, 0], [1.5, 0]]).double(), 0.3 * torch.eye(2).double()))
+
+    def log_density(x):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            log_q = law_.log_prob(x)
+            return log_q.detach(), torch.autograd.grad(log_q.sum(), x)[0]
+    x = law_.sample((20000,))
+    states, accepted = zip(*dsm_homework.mala(log_density, x, 25, 0.6, generator(1)))
+    y = states[-1]
+    within(y, law_.mean)
+    within((y - law_.mean).square(), law_.variance)
+    assert (last(dsm_homework.langevin(lambda x: log_density(x)[1], x, 25, 0.6, generator(1))) - law_.mean).square().mean(0)[1] > 1.5 * 0.3
+    moved = (states[1] != states[0]).any(1)
+    assert torch.equal(moved, accepted[1]) and 0.5 < accepted[1].double().mean() < 0.95
+
+
+def test_6_3_mala_acceptance(dsm_homework):
+    """In d = 100 the acceptance is 2 Phi(-sqrt((eta/V)^3 d)/8), whatever V; the script's figure says the same."""
+    V, eta = 2.5, 1.5
+    density = lambda x: (-x.square().sum(1) / (2 * V), -x / V)
+    accepted = [a.double().mean().item() for _, a in dsm_homework.mala(density, math.sqrt(V) * normal(1000, 100), 30, eta, generator(1))]
+    assert np.mean(accepted) == pytest.approx(math.erfc(math.sqrt((eta / V) ** 3 * 100) / 8 / math.sqrt(2)), abs=0.02)
+    assert dsm_homework.mala_gap < 0.02 and dsm_homework.bias_se < 4
+
+
+def test_6_2_stability_limit(dsm_homework):
+    """Exact score of the moons: far chains come back below eta = 4 (sigma^2 + tau^2) and run away above it. The class refuses neither."""
+    matcher = dsm_homework.DenoisingScoreMatcher(lambda x: dsm_homework.exact_score(x, 0.1), (2,), 0.1)
+    far = 1e4 * normal(20, 2)
+    assert (matcher.langevin_dynamics(far, 100, 0.95 * 0.08, generator()).norm(dim=1) < 1e3).all()
+    assert (matcher.langevin_dynamics(far, 100, 1.05 * 0.08, generator()).norm(dim=1) > 1e6).all()
+
+
+def test_homework_sample_starts_from_the_uniform_law(dsm_homework):
+    """sample begins at U[-1, 1]: without a score and with a tiny step that is what comes out."""
+    matcher = dsm_homework.DenoisingScoreMatcher(lambda x: 0 * x, (2,), 1.0)
+    x = matcher.sample(20000, 1, 1e-12).double()
+    assert x.min() >= -1.001 and x.max() <= 1.001
+    within(x, 0.0)
+    within(x.square(), 1 / 3)
+
+
+def test_homework_chains_that_leave(dsm_homework):
+    """A chain has left when it is more than 5 away from the middle of the moons, or is not a number; the grid reports it in words."""
+    assert dsm_homework.has_left(torch.tensor([[0.5, 5.2], [0.5, 5.3], [math.nan, 0], [math.inf, 0], [0, 0]])).tolist() == [False, True, True, True, False]
+    for (eta, count), (stays, ratio, report) in dsm_homework.grid.items():
+        assert torch.isfinite(stays).all() and (len(stays) == dsm_homework.args.n_samples) == math.isfinite(ratio) == ("left" not in report)
+
+
+def test_homework_tweedie(dsm_homework):
+    """The Tweedie step x + sigma^2 s with the exact score is the mean of x given x_noisy; shares find the upper moon."""
+    x, eps = moons(0.0).sample((4000,)), normal(4000, 2)
+    matcher = dsm_homework.DenoisingScoreMatcher(lambda x: dsm_homework.exact_score(x, 0.1), (2,), 0.1)
+    mean = dsm_homework.tweedie(matcher, x + 0.1 * eps)
+    residual = x - mean
+    within(residual, 0.0)
+    within(residual * mean, 0.0)   # a conditional mean leaves nothing to explain
+    assert dsm_homework.shares(x)[0] == pytest.approx(0.5, abs=0.04)
+    assert dsm_homework.shares(moons(0.0).component_distribution.mean[:200])[0] == 1
