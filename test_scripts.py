@@ -28,6 +28,7 @@ os.environ["OMP_NUM_THREADS"] = "1"   # networks this small only wait for a seco
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import pdist
@@ -37,10 +38,12 @@ HERE = Path(__file__).resolve().parent
 TINY = {   # settings with which a script takes seconds
     "dsm_2d": "--n 300 --batch 64 --steps 30 --T 6 --n_samples 64",
     "dsm_homework": "--n 100 --batch 40 --epochs 3 --num_steps 12 --n_samples 200",
+    "implicit_sm": "--n 300 --n_few 10 --batch 64 --steps 20 --hidden 16 --K 20 --n_samples 64",
 }
 OUTPUT = {   # shape of samples.npy and the pictures
     "dsm_2d": ((64, 2), ["denoise_scatter.png", "generation.png", "quiver.png", "training.png"]),
     "dsm_homework": ((200, 2), ["curves.png", "fields.png", "grid.png", "sigma_row.png", "trajectories.png"]),
+    "implicit_sm": ((64, 2), ["geometry.png", "kernels.png", "training.png"]),
 }
 BAD = {   # settings to be refused in a message with the first flag and its value
     "dsm_2d": ["--n 0", "--n many", "--T 1", "--sigma_min 0", "--sigma_min -1", "--sigma_min nan", "--sigma_min 3 --sigma_max 3",
@@ -49,7 +52,11 @@ BAD = {   # settings to be refused in a message with the first flag and its valu
                "--data cubes", "--schedule steep", "--w_mode heavy", "--sampler magic", "--device abacus", "--device cuda"],
     "dsm_homework": ["--n 9", "--sigma 0", "--sigma -1", "--sigma nan", "--epochs 0", "--batch 81", "--lr 0", "--num_steps 0", "--eta 0", "--eta -1",
                      "--eta nan", "--eta 0.08", "--eta 5 --sigma 1", "--n_samples 1", "--seed -1", "--device abacus", "--device cuda"],
+    "implicit_sm": ["--n 1", "--n many", "--n_few 1", "--n_few 301", "--n_hutchinson 0", "--n_hutchinson 1.5", "--sigma 0", "--sigma 2",
+                    "--sigma nan", "--hidden 0", "--layers 0", "--steps 0", "--batch 0", "--batch 301", "--lr 0", "--lr nan", "--K 0",
+                    "--eta 0", "--eta 4", "--eta nan", "--n_samples 1", "--seed -1", "--activation step", "--device abacus", "--device cuda"],
 }
+ONE_DENSITY = ["implicit_sm"]   # scripts whose scores take no sigma
 scratch = tempfile.TemporaryDirectory()
 
 
@@ -151,8 +158,9 @@ def test_notebook_cell(name, tmp_path):
     assert cell["samples"].shape == OUTPUT[name][0]
     x, sigma = cell["x_data"][:5], getattr(cell["args"], "sigma", 0.5)
     for field in ("score", "exact_score"):
-        assert cell[field](x, sigma).shape == x.shape and torch.isfinite(cell[field](x, sigma)).all()
-        torch.testing.assert_close(cell[field](x, torch.full((5,), sigma)), cell[field](x, sigma))   # sigma a float or (B,)
+        call = cell[field] if name not in ONE_DENSITY else lambda x, sigma: cell[field](x)
+        assert call(x, sigma).shape == x.shape and torch.isfinite(call(x, sigma)).all()
+        torch.testing.assert_close(call(x, torch.full((5,), sigma)), call(x, sigma))   # sigma a float or (B,)
 
 
 @pytest.mark.parametrize("name, flags", [(name, flags) for name in BAD for flags in BAD[name]])
@@ -893,3 +901,411 @@ def test_homework_tweedie(dsm_homework):
     within(residual * mean, 0.0)   # a conditional mean leaves nothing to explain
     assert dsm_homework.shares(x)[0] == pytest.approx(0.5, abs=0.04)
     assert dsm_homework.shares(moons(0.0).component_distribution.mean[:200])[0] == 1
+
+
+# Needs `import scipy.stats` (after pytest), beside `scratch`: ONE_DENSITY = ["implicit_sm"]   # scripts whose scores take no sigma
+# and in test_notebook_cell, in the loop over the two fields, in the place of cell[field]:
+#          call = cell[field] if name not in ONE_DENSITY else lambda x, sigma: cell[field](x)
+# TINY:    "implicit_sm": "--n 300 --n_few 10 --batch 64 --steps 20 --hidden 16 --K 20 --n_samples 64",
+# OUTPUT:  "implicit_sm": ((64, 2), ["geometry.png", "kernels.png", "training.png"]),
+# BAD:     "implicit_sm": ["--n 1", "--n many", "--n_few 1", "--n_few 301", "--n_hutchinson 0", "--n_hutchinson 1.5", "--sigma 0", "--sigma 2",
+#                          "--sigma nan", "--hidden 0", "--layers 0", "--steps 0", "--batch 0", "--batch 301", "--lr 0", "--lr nan", "--K 0",
+#                          "--eta 0", "--eta 4", "--eta nan", "--n_samples 1", "--seed -1", "--activation step", "--device abacus", "--device cuda"],
+# %% implicit_sm.py: data and its exact score
+@pytest.fixture(scope="session")
+def implicit_sm():
+    return run("implicit_sm")
+
+
+def mixture(means, weights, stds):
+    """A mixture of round Gaussians as a torch distribution."""
+    covs = torch.as_tensor(stds)[:, None, None] ** 2 * torch.eye(means.shape[1]).double()
+    return MixtureSameFamily(Categorical(torch.as_tensor(weights)), MultivariateNormal(means, covs))
+
+
+def autograd_score(log_prob, x):
+    """grad log p at x (B, d) by autograd."""
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(log_prob(x).sum(), x)[0]
+
+
+def swirl(x):
+    """A smooth field (B, d) -> (B, d) that is no gradient; each coordinate of the result depends on every one of x."""
+    return (x @ torch.linspace(-1, 1, x.shape[1] ** 2).to(x).view(x.shape[1], -1)).sin() + x.square().sum(1, keepdim=True) * x.flip(1)
+
+
+def jacobians(field, x):
+    """(B, d, d) by the plain loop over points and coordinates."""
+    return torch.stack([torch.autograd.functional.jacobian(lambda y: field(y[None])[0], point) for point in x])
+
+
+LAWS = [("law1", [[-1.2], [1.0]], [0.4, 0.6], [0.35, 0.5]), ("law2", [[-2.0, 0.0], [2.0, 0.0]], [0.5, 0.5], [1.0, 1.0])]
+
+
+@pytest.mark.parametrize("name, means, weights, stds", LAWS)
+def test_mixtures(implicit_sm, name, means, weights, stds):
+    """The two laws of the script, their densities, scores and draws are those of torch.distributions, near and far."""
+    means, weights, stds = (torch.tensor(item, dtype=torch.float64) for item in (means, weights, stds))
+    there, here = mixture(means, weights, stds), getattr(implicit_sm, name)
+    x = torch.cat([there.sample((30,)), 30 * normal(10, means.shape[1])])
+    log_p, s = implicit_sm.gmm(x, *here)
+    close(log_p, there.log_prob(x))
+    close(s, autograd_score(there.log_prob, x))
+    draws, squares = implicit_sm.sample_gmm(20000, here, generator(3)), means**2 + stds[:, None] ** 2
+    within(draws, weights @ means)
+    within(draws.square(), weights @ squares)
+    points, P = implicit_sm.nodes(here)
+    close(P @ torch.cat([points**0, points, points**2], 1), torch.cat([weights @ means**0, weights @ means, weights @ squares]), atol=1e-9)
+
+
+def test_gmm_score_as_in_003(implicit_sm):
+    """003's call, lists of means and weights and one point, is served, and 8 from every centre the score is not swallowed."""
+    means, weights = [torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.0])], [0.5, 0.5]
+    torch.testing.assert_close(implicit_sm.gmm_score(torch.tensor([10.0, 0.0]), means, weights), torch.tensor([-8.0, 0.0]))
+    assert implicit_sm.exact_score(implicit_sm.x_data.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("x", [torch.zeros(5, 3), torch.zeros(3), torch.zeros(5, 1)], ids=["batch", "point", "1-D"])
+def test_point_of_wrong_dimension(implicit_sm, x):
+    """A point of another dimension is an error, for the score and for the analysis, instead of a broadcast."""
+    with pytest.raises(ValueError, match="dimension"):
+        implicit_sm.exact_score(x)
+    with pytest.raises(ValueError, match="dimension"):
+        implicit_sm.analyze_score_geometry(implicit_sm.exact_score, x)
+    with pytest.raises(ValueError, match=r"\(5, 1\)"):
+        implicit_sm.analyze_score_geometry(lambda x: x[:, :1], torch.zeros(5, 2))
+
+
+def test_panels_split_at_kinks(implicit_sm):
+    """Between breaks polynomials up to degree 23 are exact, and a kink that is a break costs nothing."""
+    x, w = implicit_sm.panels([-1, 0.3, 2])
+    assert (w * x**23).sum().item() == pytest.approx((2**24 - 1) / 24, rel=1e-12)
+    assert (w * (x - 0.3).abs()).sum().item() == pytest.approx((1.3**2 + 1.7**2) / 2, rel=1e-14)
+
+
+# %% implicit_sm.py: losses
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_exact_trace(implicit_sm, d):
+    """The loss is |s|^2/2 + tr ds/dx, with the trace from jacrev and from the loop over points, also under no_grad."""
+    x = normal(7, d)
+    by_jacrev = torch.vmap(torch.func.jacrev(lambda y: swirl(y[None])[0]))(x)
+    for J in (by_jacrev, jacobians(swirl, x)):
+        expected = 0.5 * swirl(x).square().sum(1) + torch.stack([torch.trace(j) for j in J])
+        close(implicit_sm.implicit_loss(swirl, x), expected)
+        close(implicit_sm.compute_score_matching_loss(swirl, x), expected.mean())
+        with torch.no_grad():
+            close(implicit_sm.compute_score_matching_loss(swirl, x), expected.mean())
+
+
+@pytest.mark.parametrize("d, n_hutchinson", [(1, 1), (2, 1), (2, 3), (4, 1)])
+def test_hutchinson(implicit_sm, d, n_hutchinson):
+    """Its mean is the exact loss; its variance 2(|A|^2 - sum a_ii^2)/m with A = sym ds/dx, so in 1-D there is none."""
+    x = normal(1, d)
+    draws = torch.stack([implicit_sm.compute_score_matching_loss_hutchinson(swirl, x, n_hutchinson) for _ in range(500)])
+    A = jacobians(swirl, x)[0]
+    A = (A + A.T) / 2
+    variance = 2 * (A.square().sum() - A.diagonal().square().sum()) / n_hutchinson
+    if d == 1:
+        close(draws, implicit_sm.compute_score_matching_loss(swirl, x).expand(500))
+    else:
+        within(draws, implicit_sm.compute_score_matching_loss(swirl, x))
+        within((draws - draws.mean()).square(), variance)
+
+
+LOSSES = {"exact": lambda script: script.compute_score_matching_loss,
+          "hutchinson": lambda script: partial(script.compute_score_matching_loss_hutchinson, n_hutchinson=2),
+          "denoising": lambda script: script.gaussian_loss}
+
+
+@pytest.mark.parametrize("name, a, sign", [("exact", 0.9, -1), ("exact", 1.1, 1), ("hutchinson", 0.9, -1), ("hutchinson", 1.1, 1),
+                                           ("denoising", 0.7, -1), ("denoising", 0.9, 1)])
+def test_gradient_sign_of_implicit_losses(implicit_sm, name, a, sign):
+    """For N(0, I) the loss of s = -a x falls up to a = 1 and rises after; noised with sigma = 1/2, up to a = 1/(1 + 1/4) = 0.8."""
+    a = torch.tensor(a, dtype=torch.float64, requires_grad=True)
+    LOSSES[name](implicit_sm)(lambda x: -a * x, normal(20000, 2)).backward()
+    assert sign * a.grad > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_leave_the_data_alone(implicit_sm, name):
+    """No loss and no analysis changes the caller's tensor or leaves requires_grad on it, as 003's code does."""
+    x = normal(5, 2)
+    before = x.clone()
+    LOSSES[name](implicit_sm)(implicit_sm.exact_score, x)
+    implicit_sm.analyze_score_geometry(implicit_sm.exact_score, x)
+    assert torch.equal(x, before) and not x.requires_grad and x.grad is None
+    assert not implicit_sm.x_data.requires_grad and not implicit_sm.x1_data.requires_grad
+
+
+@pytest.mark.parametrize("name", ["exact", "hutchinson"])
+def test_losses_reach_the_parameters(implicit_sm, name):
+    """The gradient in the parameters is that of the loss written with autograd.grad, 003's way."""
+    net = implicit_sm.ScoreNet(normal(50, 1), "tanh").double()
+    torch.nn.init.normal_(net.net[-1].weight)
+    x = normal(6, 1).requires_grad_()   # in 1-D Hutchinson is exact
+    s = net(x)
+    theirs = (0.5 * s.square().sum(1) + torch.autograd.grad(s.sum(), x, create_graph=True)[0][:, 0]).mean()
+    parameters = list(net.parameters())
+    for ours, wanted in zip(torch.autograd.grad(LOSSES[name](implicit_sm)(net, x.detach()), parameters, materialize_grads=True),
+                            torch.autograd.grad(theirs, parameters, materialize_grads=True)):
+        close(ours, wanted)
+
+
+def test_denoising_loss_value(implicit_sm):
+    """|s(x + n) - t|^2/2 and |s(x - n) + t|^2/2, summed over coordinates, averaged over points and signs."""
+    x, n, t = normal(6, 2), normal(6, 2, seed=1), normal(6, 2, seed=2)
+    expected = sum(0.5 * (swirl(x[i] + sign * n[i] + 0 * x[i:i + 1])[0] - sign * t[i]).square().sum() for i in range(6) for sign in (1, -1)) / 12
+    close(implicit_sm.denoising_loss(swirl, x, n, t), expected)
+
+
+# %% implicit_sm.py: identities
+GRID = np.linspace(-12, 12, 240001)   # the trapezoidal rule on it is exact to 1e-12 for what is smooth, to 1e-9 across a kink
+
+
+def expectation(f):
+    """E f(x) under law1 by the trapezoidal rule, in numpy alone: f takes x, p(x) and its score p'/p."""
+    parts = [w * np.exp(-0.5 * ((GRID - m) / s) ** 2) / (s * math.sqrt(2 * math.pi)) for m, w, s in ((-1.2, 0.4, 0.35), (1.0, 0.6, 0.5))]
+    p = sum(parts)
+    slope = (parts[0] * (-1.2 - GRID) / 0.35**2 + parts[1] * (1.0 - GRID) / 0.5**2) / np.maximum(p, 1e-300)
+    return np.trapezoid(p * f(GRID, slope), GRID)
+
+
+def test_identities_of_the_run(implicit_sm):
+    """Every identity of part 1 and both bridges hold to 1e-8 and there are as many as printed: 6 + 3 weighted + 2."""
+    assert len(implicit_sm.gaps) == 11 and max(map(abs, implicit_sm.gaps)) < 1e-8
+
+
+@pytest.mark.parametrize("torch_s, s, ds", [(torch.tanh, np.tanh, lambda x: 1 / np.cosh(x) ** 2), (lambda x: x**3, lambda x: x**3, lambda x: 3 * x**2),
+                                            (lambda x: (x - 0.3).abs(), lambda x: abs(x - 0.3), lambda x: np.sign((x - 0.3).round(9)))],
+                         ids=["tanh", "cube", "kink"])
+def test_implicit_identity(implicit_sm, torch_s, s, ds):
+    """explicit = implicit + I/2 with all three by another quadrature; the script's loss on its nodes is the same number (with the 1/2)."""
+    explicit, half_fisher = expectation(lambda x, score: 0.5 * (s(x) - score) ** 2), expectation(lambda x, score: 0.5 * score**2)
+    x, P = implicit_sm.nodes(implicit_sm.law1, 0.3)
+    implicit = (P * implicit_sm.implicit_loss(torch_s, x)).sum().item()
+    assert implicit == pytest.approx(expectation(lambda x, score: 0.5 * s(x) ** 2 + ds(x)), abs=1e-8)
+    assert explicit == pytest.approx(implicit + half_fisher, abs=1e-8)
+
+
+def test_exponential_law_breaks_the_identity(capsys):
+    """For Exp(1) and s = -c: explicit (1 - c)^2/2, implicit c^2/2, difference -c; weighted with x: implicit c^2/2 - c. As printed."""
+    run("implicit_sm", until="Part 2: training")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("Exp(1)  -")]
+    assert len(rows) == 6
+    for c, plain, weighted in zip(range(3), rows, rows[3:]):
+        assert [float(v) for v in plain[-5:-1]] == pytest.approx([(1 - c) ** 2 / 2, c**2 / 2, 0.5, -c], abs=1e-5)
+        assert [float(v) for v in weighted[-5:-2]] == pytest.approx([(1 - c) ** 2 / 2, c**2 / 2 - c, 0.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("name, biased", [("relu", True), ("softplus", False), ("silu", False), ("tanh", False)])
+def test_gradient_of_the_trace(implicit_sm, name, biased):
+    """d/dtheta of the implicit loss of act(x - theta), x ~ N(0, 1): by autograd it is right for smooth units; with relu it
+    misses -p(theta) = -0.381 of the true -0.648."""
+    act = getattr(torch.nn.functional, name)
+    law = (torch.zeros(1, 1).double(), torch.ones(1).double(), torch.ones(1).double())
+
+    def value(theta):
+        x, P = implicit_sm.nodes(law, float(theta.detach()))
+        return (P * implicit_sm.implicit_loss(lambda x: act(x - theta), x)).sum()
+
+    theta = torch.tensor(0.3).double().requires_grad_()
+    by_autograd, = torch.autograd.grad(value(theta), theta)
+    true = (value(theta.detach() + 1e-3) - value(theta.detach() - 1e-3)) / 2e-3
+    missing = -math.exp(-0.045) / math.sqrt(2 * math.pi) if biased else 0.0
+    assert (true - by_autograd).item() == pytest.approx(missing, abs=1e-5)
+    if biased:
+        assert true.item() == pytest.approx(-0.6482, abs=1e-3) and by_autograd.item() == pytest.approx(-0.2668, abs=1e-3)
+
+
+def test_relu_is_warned_of():
+    """--activation relu is allowed, and the warning says why it is no good."""
+    with pytest.warns(UserWarning, match="biased"):
+        run("implicit_sm", "--activation relu", until="Data")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("implicit_sm", until="Data")
+
+
+# %% implicit_sm.py: training and sampling
+def test_untrained_network_is_the_score_of_one_gaussian(implicit_sm):
+    """Before training, s = -(x - mean)/std^2 of the data."""
+    x = 3 + normal(200, 2) * torch.tensor([2.0, 0.5]).double()
+    net = implicit_sm.ScoreNet(x).double()
+    close(net(x), -(x - x.mean(0)) / x.var(0))
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """A run long enough to learn something."""
+    return run("implicit_sm", "--n 20000 --batch 256 --steps 120 --hidden 32")
+
+
+def test_implicit_training_learns(trained):
+    """120 steps learn the scores roughly, with relu not at all, and the reported error is that on points of torch.distributions."""
+    law = mixture(*trained.law2)
+    x = law.sample((20000,))
+    exact = autograd_score(law.log_prob, x)
+    error = ((trained.score(x) - exact).square().sum(1).mean() / exact.square().sum(1).mean()).sqrt().item()
+    assert error < 0.25 and trained.err_2d == pytest.approx(error, rel=0.1)
+    assert trained.err_hutchinson < 0.25 and trained.err_1d < 0.4 and trained.err_relu > 0.7
+
+
+def test_few_points_over_fit(trained):
+    """On few points the implicit loss falls below the least value of the law and rises on fresh points; denoising stays sound."""
+    step, on_points, on_fresh = trained.few_history[-1]
+    assert step > 110 and on_points < -2.55 < -2 < on_fresh and trained.err_few > trained.err_dsm
+    assert abs(trained.dsm_history[-1][2] + 0.691) < 0.5
+
+
+def test_model_file(implicit_sm):
+    """model.pt holds the network behind score."""
+    saved = torch.load(Path(implicit_sm.args.outdir) / "model.pt", weights_only=True)
+    net = implicit_sm.ScoreNet(implicit_sm.x_data).double()
+    net.load_state_dict(saved)
+    close(net(implicit_sm.x_data), implicit_sm.score(implicit_sm.x_data), rtol=0, atol=0)
+
+
+def test_divergence_of_implicit_training(tmp_path):
+    """A run that diverges stops with a message that names the step, before it leaves a file."""
+    with pytest.raises(SystemExit, match=r"^diverged at step \d+: .*--lr below 100"):
+        run("implicit_sm", "--lr 100 --layers 4", until="Part 3", outdir=tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("eta", [0.1, 1.0])
+def test_langevin_of_implicit_sm(implicit_sm, eta):
+    """For s = -x it forgets its start and settles at the variance 1/(1 - eta/4)."""
+    x = implicit_sm.langevin_dynamics(lambda x: -x, 5 + normal(20000, 1), eta, 150, generator(1))
+    within(x.square()[:, 0], 1 / (1 - eta / 4))
+
+
+def test_sw2_of_implicit_sm(implicit_sm):
+    """A set shifted by c is at distance |c|/sqrt(2)."""
+    x, c = normal(300, 2).float(), torch.tensor([0.3, -0.4])
+    assert implicit_sm.mean_sw2([(implicit_sm.projections(x), implicit_sm.projections(x + c))]) == pytest.approx(0.5 / math.sqrt(2), abs=1e-5)
+
+
+# %% implicit_sm.py: geometry
+MODE = 1.9986513   # x = 2 tanh 2x
+TABLE = [   # theory.md 9: point, |score|, eigenvalues, kind
+    (-2.0, 0.0013414, (-1, -0.9946362), "not critical"), (-MODE, 0, (-1, -0.9946072), "peak"), (MODE, 0, (-1, -0.9946072), "peak"),
+    (0.0, 0, (-1, 3), "saddle"), (0.4406868, 0.97353, (-1, 1), "not critical"), (-0.4406868, 0.97353, (-1, 1), "not critical")]
+
+
+@pytest.mark.parametrize("x1, size, eigenvalues, kind", TABLE)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 2e-7), (torch.float32, 1e-5)])
+def test_geometry_table(implicit_sm, x1, size, eigenvalues, kind, dtype, tolerance):
+    """The two-mode example in exact numbers, one point at a time as in 003."""
+    g = implicit_sm.analyze_score_geometry(implicit_sm.exact_score, torch.tensor([x1, 0.0], dtype=dtype))
+    m2_sech2 = 4 / math.cosh(2 * x1) ** 2   # s = -x + m tanh(m x), its Jacobian -I + m m^T sech^2(m x)
+    wanted = torch.diag(torch.tensor([m2_sech2 - 1, -1.0], dtype=dtype))
+    assert g["kind"] == kind
+    assert g["score"].norm().item() == pytest.approx(size, abs=1e-5)
+    assert g["eigenvalues"].tolist() == pytest.approx(sorted(eigenvalues), abs=1e-5)
+    close(g["hessian"], wanted, rtol=tolerance, atol=tolerance)
+    close(g["divergence"], wanted.trace(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("field, kind", [(lambda x: -x, "peak"), (lambda x: x, "valley"), (lambda x: x * torch.tensor([1.0, -1]), "saddle"),
+                                         (lambda x: -x * torch.tensor([1.0, 0]), "degenerate"), (lambda x: 1 - x, "not critical"),
+                                         (lambda x: x @ torch.tensor([[-1.0, 5], [-5, -1]]), "peak")])
+def test_kinds(implicit_sm, field, kind):
+    """Linear fields at 0; the last one spirals inwards: no symmetric Jacobian, eigenvalues -1 +- 5i."""
+    assert implicit_sm.analyze_score_geometry(field, torch.zeros(2))["kind"] == kind
+
+
+def test_jacobian_is_not_symmetrised(implicit_sm):
+    """003 makes [[-1, 2], [0, -1]] symmetric and finds a saddle; the flow runs into the point."""
+    J = torch.tensor([[-1.0, 2.0], [0.0, -1.0]])
+    g = implicit_sm.analyze_score_geometry(lambda x: x @ J.T, torch.zeros(2))
+    torch.testing.assert_close(g["hessian"], J)
+    assert g["kind"] == "peak" and g["eigenvalues"].real.tolist() == pytest.approx([-1, -1])
+
+
+def test_analysis_of_many_points(implicit_sm):
+    """A batch gives each point its own answer (003 sums over the batch): Jacobians of the loop, divergence their trace."""
+    x = normal(6, 3)
+    g, J = implicit_sm.analyze_score_geometry(swirl, x), jacobians(swirl, x)
+    close(g["hessian"], J)
+    close(g["score"], swirl(x))
+    close(g["divergence"], torch.stack([torch.trace(j) for j in J]))
+    for ours, j in zip(g["eigenvalues"], J):
+        close(torch.view_as_real(ours.to(torch.complex128)).sort(0).values,
+              torch.view_as_real(torch.linalg.eigvals(j)).sort(0).values, rtol=1e-8, atol=1e-8)
+    assert len(g["kind"]) == 6 and (g["eigenvalues"].real.diff(dim=1) >= 0).all()
+
+
+def test_critical_points(implicit_sm):
+    """From the grid of starts Newton finds both modes and the saddle, each once, and nothing where nothing is."""
+    found = implicit_sm.critical["exact"]
+    close(found, torch.tensor([[-MODE, 0], [0, 0], [MODE, 0]]).double(), rtol=0, atol=1e-6)
+    assert implicit_sm.find_critical_points(lambda x: 1 + x**2, implicit_sm.starts).shape == (0, 2)
+
+
+def test_level_set(implicit_sm):
+    """The curve of the script lies on one level of log p and passes through (0, 1)."""
+    level = mixture(*implicit_sm.law2).log_prob(torch.cat([implicit_sm.level, torch.tensor([[0.0, 1.0]]).double()]))
+    close(level, level[-1:].expand(len(level)))
+
+
+def test_moments_of_the_score(implicit_sm):
+    """E s = 0, E s x^T = -I and I = diag(1 - 4 E sech^2 2x1, 1), over draws of torch.distributions and by quadrature."""
+    law = mixture(*implicit_sm.law2)
+    x, (nodes, P) = law.sample((40000,)), implicit_sm.nodes(implicit_sm.law2)
+    s, s_nodes = implicit_sm.exact_score(x), implicit_sm.exact_score(nodes)
+    fisher = torch.diag(torch.tensor([0.7256104, 1.0]).double())
+    for values, by_quadrature, expected in ((s, P @ s_nodes, torch.zeros(2)), (s[:, :, None] * x[:, None], torch.einsum("n,ni,nj->ij", P, s_nodes, nodes), -torch.eye(2)),
+                                            (s[:, :, None] * s[:, None], torch.einsum("n,ni,nj->ij", P, s_nodes, s_nodes), fisher)):
+        within(values, expected.double())
+        close(by_quadrature, expected.double(), rtol=0, atol=1e-7)
+
+
+# %% implicit_sm.py: other noise
+SCIPY = {"Gaussian": scipy.stats.norm, "logistic": scipy.stats.logistic, "Student-t 5": scipy.stats.t(5), "Laplace": scipy.stats.laplace,
+         "triangular": scipy.stats.triang(0.5, loc=-1, scale=2), "uniform": scipy.stats.uniform(loc=-1, scale=2)}
+
+
+@pytest.mark.parametrize("name", SCIPY)
+def test_kernel(implicit_sm, name):
+    """Each kernel is scipy's: log density, its derivative, draws, and variance sigma^2 through its scale a."""
+    scale, draw, log_k, bounded, _ = implicit_sm.KERNELS[name]
+    t, law, h = np.linspace(-0.95, 0.95, 40) * (1 if bounded else 6), SCIPY[name], 1e-6
+    ours = log_k(torch.tensor(t)).numpy()
+    assert np.ptp(ours - law.logpdf(t)) < 1e-12   # equal up to a constant
+    target = implicit_sm.target_of(log_k, 0.7)(0.7 * torch.tensor(t)).numpy()
+    assert target == pytest.approx((law.logpdf(t + h) - law.logpdf(t - h)) / (2 * h * 0.7), abs=1e-5)
+    assert scale**2 * law.var() == pytest.approx(1)
+    assert scipy.stats.kstest(draw(5000), law.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", SCIPY)
+def test_kernel_quadrature(implicit_sm, name):
+    """q, d log q and E[d log k | x] at a few points by another quadrature; the two agree except for uniform noise."""
+    scale, _, log_k, bounded, _ = implicit_sm.KERNELS[name]
+    a, x, noise = scale * 0.5, torch.tensor([-2.0, -0.4, 0.3, 1.7]).double(), SCIPY[name]
+    q, exact, conditional, _ = implicit_sm.kernel_scores(log_k, a, bounded, x)
+    for i, at in enumerate(x.tolist()):
+        k = noise.pdf((at - GRID) / a) / a
+        density, derivative = expectation(lambda x, score: k), expectation(lambda x, score: k * score)
+        assert q[i].item() == pytest.approx(density, rel=5e-4) and exact[i].item() == pytest.approx(derivative / density, rel=1e-3, abs=1e-4)
+    assert conditional.numpy() == pytest.approx(np.zeros(4) if name == "uniform" else exact.numpy(), abs=1e-8)
+
+
+FISHER = {"Gaussian": 1, "logistic": math.pi**2 / 9, "Student-t 5": 1.25, "Laplace": 2, "uniform": 0}
+
+
+def test_fisher_information_of_kernels(implicit_sm):
+    """I(k) sigma^2 as known; triangular noise has none: from one cut-off to the next it grows by 2 ln 10^4 / a^2."""
+    for name, (scale, _, log_k, bounded, _) in implicit_sm.KERNELS.items():
+        *_, (near, edge) = implicit_sm.kernel_scores(log_k, scale * 0.5, bounded, torch.zeros(1).double())
+        if name == "triangular":
+            assert edge - near == pytest.approx(2 * math.log(1e4) / (6 * 0.25), rel=1e-6)
+        else:
+            assert edge * 0.25 == pytest.approx(FISHER[name], abs=1e-6) and near == pytest.approx(edge, rel=1e-3)
+
+
+def test_table_of_kernels(trained):
+    """Targets mean the score for five kernels; for uniform noise everything is missed, by the mean and by the network."""
+    for name, (error, gap, exact, net) in trained.kernels.items():
+        assert gap == pytest.approx(float(name == "uniform"), abs=1e-8)
+        assert error > 0.95 if name == "uniform" else error < 0.25
