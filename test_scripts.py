@@ -39,11 +39,13 @@ TINY = {   # settings with which a script takes seconds
     "dsm_2d": "--n 300 --batch 64 --steps 30 --T 6 --n_samples 64",
     "dsm_homework": "--n 100 --batch 40 --epochs 3 --num_steps 12 --n_samples 200",
     "implicit_sm": "--n 300 --n_few 10 --batch 64 --steps 20 --hidden 16 --K 20 --n_samples 64",
+    "sliced_sm": "--n 300 --batch 32 --steps 30 --dim 3 --points 300 --d_max 2 --K 5 --n_samples 64",
 }
 OUTPUT = {   # shape of samples.npy and the pictures
     "dsm_2d": ((64, 2), ["denoise_scatter.png", "generation.png", "quiver.png", "training.png"]),
     "dsm_homework": ((200, 2), ["curves.png", "fields.png", "grid.png", "sigma_row.png", "trajectories.png"]),
     "implicit_sm": ((64, 2), ["geometry.png", "kernels.png", "training.png"]),
+    "sliced_sm": ((64, 2), ["fields.png", "measures.png", "training.png"]),
 }
 BAD = {   # settings to be refused in a message with the first flag and its value
     "dsm_2d": ["--n 0", "--n many", "--T 1", "--sigma_min 0", "--sigma_min -1", "--sigma_min nan", "--sigma_min 3 --sigma_max 3",
@@ -55,8 +57,11 @@ BAD = {   # settings to be refused in a message with the first flag and its valu
     "implicit_sm": ["--n 1", "--n many", "--n_few 1", "--n_few 301", "--n_hutchinson 0", "--n_hutchinson 1.5", "--sigma 0", "--sigma 2",
                     "--sigma nan", "--hidden 0", "--layers 0", "--steps 0", "--batch 0", "--batch 301", "--lr 0", "--lr nan", "--K 0",
                     "--eta 0", "--eta 4", "--eta nan", "--n_samples 1", "--seed -1", "--activation step", "--device abacus", "--device cuda"],
+    "sliced_sm": ["--n 9", "--dim 0", "--dim two", "--n_slices 0", "--n_slices -3", "--h 0", "--h -0.1", "--h nan", "--sigma 0", "--sigma inf",
+    "--hidden 0", "--steps 0", "--batch 0", "--batch 301", "--lr nan", "--points 9", "--d_max 1", "--K 0", "--eta 0", "--n_samples 1",
+    "--seed -1", "--data circle", "--loss sliced", "--slices cube", "--device abacus", "--device cuda"],
 }
-ONE_DENSITY = ["implicit_sm"]   # scripts whose scores take no sigma
+ONE_DENSITY = ["implicit_sm", "sliced_sm"]   # scripts whose scores take no sigma
 scratch = tempfile.TemporaryDirectory()
 
 
@@ -903,14 +908,6 @@ def test_homework_tweedie(dsm_homework):
     assert dsm_homework.shares(moons(0.0).component_distribution.mean[:200])[0] == 1
 
 
-# Needs `import scipy.stats` (after pytest), beside `scratch`: ONE_DENSITY = ["implicit_sm"]   # scripts whose scores take no sigma
-# and in test_notebook_cell, in the loop over the two fields, in the place of cell[field]:
-#          call = cell[field] if name not in ONE_DENSITY else lambda x, sigma: cell[field](x)
-# TINY:    "implicit_sm": "--n 300 --n_few 10 --batch 64 --steps 20 --hidden 16 --K 20 --n_samples 64",
-# OUTPUT:  "implicit_sm": ((64, 2), ["geometry.png", "kernels.png", "training.png"]),
-# BAD:     "implicit_sm": ["--n 1", "--n many", "--n_few 1", "--n_few 301", "--n_hutchinson 0", "--n_hutchinson 1.5", "--sigma 0", "--sigma 2",
-#                          "--sigma nan", "--hidden 0", "--layers 0", "--steps 0", "--batch 0", "--batch 301", "--lr 0", "--lr nan", "--K 0",
-#                          "--eta 0", "--eta 4", "--eta nan", "--n_samples 1", "--seed -1", "--activation step", "--device abacus", "--device cuda"],
 # %% implicit_sm.py: data and its exact score
 @pytest.fixture(scope="session")
 def implicit_sm():
@@ -1309,3 +1306,268 @@ def test_table_of_kernels(trained):
     for name, (error, gap, exact, net) in trained.kernels.items():
         assert gap == pytest.approx(float(name == "uniform"), abs=1e-8)
         assert error > 0.95 if name == "uniform" else error < 0.25
+
+
+# %% sliced_sm.py: losses
+KINDS = ["rademacher", "gaussian", "sphere"]
+A, B = normal(3, 4, seed=21), normal(4, 3, seed=22)
+curved = lambda x: torch.tanh(x @ A) @ B - x   # a score that is neither linear nor a gradient
+
+
+@pytest.fixture(scope="session")
+def sliced_sm():
+    return run("sliced_sm")
+
+
+def jacobians(score_fn, x):
+    """ds/dx at each point, (B, d, d), by another route than the script's."""
+    return torch.func.vmap(torch.func.jacfwd(lambda y: score_fn(y[None])[0]))(x)
+
+
+def implicit(score_fn, x):
+    """tr J + |s|^2/2, (B,)."""
+    return jacobians(score_fn, x).diagonal(dim1=1, dim2=2).sum(1) + score_fn(x).square().sum(1) / 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [1, 4])
+def test_slices_have_their_second_moment(sliced_sm, kind, m):
+    """E[v v'] = c I, the lengths are those of the law, and every point has its own directions."""
+    v, c = sliced_sm.slices(torch.zeros(20000, 3, dtype=torch.float64), kind, m)
+    assert v.shape == (m, 20000, 3) and c == {"rademacher": 1, "gaussian": 1, "sphere": 1 / 3}[kind]
+    within((v[:, :, :, None] * v[:, :, None]).flatten(0, 1)[:, *torch.triu_indices(3, 3, 1)], 0.0)
+    if kind == "gaussian":
+        within(v.flatten(0, 1).square(), 1.0)
+    else:
+        close(v.square().sum(-1), torch.full((m, 20000), 3 * c, dtype=torch.float64))
+    assert sliced_sm.slices(v[0], None) == (None, 1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["sliced_score_matching_loss", "ssm_vr", "fd_ssm"])
+def test_loss_is_unbiased(sliced_sm, name, kind):
+    """With all three laws of directions the mean over them is tr J + |s|^2/2 itself, the unit sphere's too."""
+    x = normal(1, 3).expand(40000, 3)
+    loss = partial(sliced_sm.fd_ssm, h=1e-3) if name == "fd_ssm" else getattr(sliced_sm, name)
+    values = loss(curved, x, *sliced_sm.slices(x, kind, 2)).detach()
+    within(values, implicit(curved, x[:1])[0])
+
+
+def test_axes_give_the_exact_trace(sliced_sm):
+    """The d axes as slices leave nothing random, in a loop as at once, and explicit differs by a term without s only."""
+    x = normal(20000, 3)
+    for loop in (False, True):
+        close(sliced_sm.ssm_vr(curved, x[:50], *sliced_sm.slices(x[:50], "axes"), loop=loop).detach(), implicit(curved, x[:50]))
+    oracle = sliced_sm.explicit(curved, x, target=lambda x: -x)   # x ~ N(0, I)
+    within(oracle - implicit(curved, x), torch.tensor(3 / 2).double())
+
+
+@pytest.mark.parametrize("m", [1, 5])
+def test_losses_with_the_same_directions(sliced_sm, m):
+    """SSM-VR is |s|^2/2 plus Hutchinson's estimate of tr J; SSM has (v's)^2/2 in the place of |s|^2/2."""
+    x = normal(7, 3)
+    v, s = normal(m, 7, 3, seed=3), curved(x)
+    hutchinson = torch.einsum("mbi,bij,mbj->mb", v, jacobians(curved, x), v).mean(0)
+    close(sliced_sm.ssm_vr(curved, x, v).detach(), hutchinson + s.square().sum(1) / 2)
+    close(sliced_sm.sliced_score_matching_loss(curved, x, v).detach(), hutchinson + (v * s).sum(-1).square().mean(0) / 2)
+
+
+def test_finite_differences_tend_to_ssm(sliced_sm):
+    """fd_ssm - ssm = h^2 (g'''/6 + g g''/2) + O(h^4) with g(t) = v's(x + t v): half the h, a quarter of the error."""
+    x, v = normal(9, 3), normal(1, 9, 3, seed=4)
+    gap = lambda h: (sliced_sm.fd_ssm(curved, x, v, h=h) - sliced_sm.sliced_score_matching_loss(curved, x, v)).detach()
+    g = lambda t, x, v: (curved((x + t * v)[None])[0] * v).sum()
+    derivatives_of_g, order = [g], torch.func.grad
+    for _ in range(3):
+        derivatives_of_g.append(order(derivatives_of_g[-1]))
+    g0, _, g2, g3 = (torch.func.vmap(partial(f, torch.tensor(0.0).double()))(x, v[0]) for f in derivatives_of_g)
+    close(gap(1e-3) / 1e-6, g3 / 6 + g0 * g2 / 2, rtol=1e-3, atol=1e-3)
+    assert gap(0.02).norm() / gap(0.01).norm() == pytest.approx(4, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["explicit", "exact", "ssm", "ssm_vr", "fd_ssm", "dsm", "sliced dsm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_sign_and_shape(sliced_sm, name, kind):
+    """On N(0, I) the loss of s = -a x falls up to a = 1 (dsm: 1/(1 + sigma^2)) and rises after; one value per point."""
+    loss, its_kind = sliced_sm.LOSSES.get(name, (sliced_sm.dsm, kind))
+    loss = {"explicit": partial(sliced_sm.explicit, target=lambda x: -x), "fd_ssm": partial(sliced_sm.fd_ssm, h=0.01),
+            "dsm": partial(sliced_sm.dsm, sigma=1.0), "sliced dsm": partial(sliced_sm.dsm, sigma=1.0)}.get(name, loss)
+    x = normal(20000, 3, seed=9)   # slices are drawn from torch's own generator with seed 0
+    for factor, sign in [(0.5, -1), (0.9, -1), (1.1, 1), (2, 1)]:
+        a = torch.tensor(factor * (0.5 if "dsm" in name else 1.0), requires_grad=True, dtype=torch.float64)
+        values = loss(lambda x: -a * x, x, *sliced_sm.slices(x, {"axes": "axes", None: None}.get(its_kind, kind), 3))
+        assert values.shape == (20000,)
+        values.mean().backward()
+        assert sign * a.grad > 0
+
+
+@pytest.mark.parametrize("d", [2, 10])
+def test_unit_slices_need_their_factor(sliced_sm, d):
+    """The best s = -a x on N(0, I) has a = 1; unit slices with c forgotten have a = 1/d in ssm_vr, but not in ssm."""
+    x = normal(4000, d, seed=9)
+    x = x * (d / x.square().sum(1, keepdim=True)).sqrt()   # E|x|^2 = d without noise
+    v, c = sliced_sm.slices(x, "sphere", 4)
+
+    def best(loss, c):
+        slopes = []
+        for a in (0.0, 1.0):
+            a = torch.tensor(a, dtype=torch.float64, requires_grad=True)
+            loss(lambda x: -a * x, x, v, c).mean().backward()
+            slopes.append(a.grad.item())
+        return slopes[0] / (slopes[0] - slopes[1])
+
+    assert best(sliced_sm.ssm_vr, c) == pytest.approx(1, abs=1e-3)
+    assert best(sliced_sm.ssm_vr, 1.0) == pytest.approx(1 / d, abs=1e-3)
+    assert best(sliced_sm.sliced_score_matching_loss, 1.0) == pytest.approx(best(sliced_sm.sliced_score_matching_loss, c)) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_dsm_value(sliced_sm, kind):
+    """On N(0, I) dsm of s = -a x has its closed form; slices do not change the mean; each eps comes with -eps."""
+    a, sigma, x = 0.7, 0.5, normal(40000, 3, seed=9)
+    values = sliced_sm.dsm(lambda x: -a * x, x, *sliced_sm.slices(x, kind, 2), sigma=sigma)
+    within(values, torch.tensor(1.5 * (a**2 + (1 / sigma - a * sigma) ** 2)).double())
+    seen = []
+    sliced_sm.dsm(lambda y: seen.append(y) or y, x, sigma=sigma)
+    close(seen[0].view(2, -1, 3).mean(0), x)
+    within((seen[0][:40000] - x) ** 2, torch.tensor(sigma**2).double())
+
+
+def test_losses_leave_the_data_alone(sliced_sm):
+    """They work under no_grad, where 003's fail, and do not mark the caller's x."""
+    x = normal(5, 3)
+    with torch.no_grad():
+        for loss, kind in sliced_sm.LOSSES.values():
+            if loss is not sliced_sm.explicit:
+                loss(curved, x, *sliced_sm.slices(x, kind))
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize("name, kind, m", [("ssm_vr", "axes", 1), ("ssm_vr", "sphere", 6), ("explicit", None, 1)])
+def test_memory_is_bounded(sliced_sm, name, kind, m):
+    """Slices and layers of a part stay below the limit, and the gradient is that of the whole batch."""
+    x = torch.randn(40, 2)
+    net, loss = sliced_sm.ScoreMLP(x, 16), getattr(sliced_sm, name)
+    torch.nn.init.normal_(net.net[-1].weight)
+    small = partial(sliced_sm.parts, limit=1000)
+    pieces, rows = small(x, kind, m), {"axes": 2, None: 1}.get(kind, m)
+    assert all(rows * len(piece) * 64 <= max(1000, rows * 64) for piece in pieces) and sum(map(len, pieces)) == 40 and len(pieces) > 2
+    torch.manual_seed(3)
+    directions = [sliced_sm.slices(piece, kind, m) for piece in pieces]
+    sum(loss(net, piece, *v).sum() for piece, v in zip(pieces, directions)).div(40).backward()
+    whole = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    torch.manual_seed(3)
+    with mock.patch.dict(sliced_sm.backward.__globals__, parts=small):
+        sliced_sm.backward(net, x, loss, kind, m)
+    for p, expected in zip(net.parameters(), whole):
+        close(p.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+# %% sliced_sm.py: variances
+@pytest.mark.parametrize("kind", KINDS)
+def test_slicing_variance(sliced_sm, kind):
+    """Var of v'Av/c over v, against draws; Rademacher slices see no diagonal matrix, the sphere no multiple of I."""
+    A = normal(3, 3, seed=5)
+    v, c = sliced_sm.slices(torch.zeros(200000, 3, dtype=torch.float64), kind)
+    values = torch.einsum("bi,ij,bj->b", v[0], A, v[0]) / c
+    expected = sliced_sm.slicing_variance(A[None], kind)
+    within((values - values.mean()) ** 2, expected[0], se=5)
+    for B, its_kind in [(torch.diag(A[0]), "rademacher"), (2 * torch.eye(3).double(), "sphere")]:
+        close(sliced_sm.slicing_variance(B[None], its_kind), torch.zeros(1).double())
+
+
+@pytest.mark.parametrize("name", ["ssm_vr", "ssm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_law_of_total_variance(sliced_sm, name, kind):
+    """At one point of N(0, I) with s = Cx the variance is Var(l) + E Var_v/m; 003's Var(l)/m is off by more than 5 times at m = 30."""
+    x, C = normal(40000, 3, seed=6), normal(3, 3, seed=7)
+    score_fn, loss = lambda x: x @ C.T, sliced_sm.LOSSES[name][0]
+    s, whole = score_fn(x), implicit(lambda x: x @ C.T, x).var()
+    outer = s[:, :, None] * s[:, None] / 2 if name == "ssm" else torch.zeros(1, 3, 3).double()
+    for m in (1, 5, 30):
+        measured = loss(score_fn, x, *sliced_sm.slices(x, kind, m)).detach().var()
+        assert measured == pytest.approx((whole + sliced_sm.slicing_variance(C + outer, kind).mean() / m).item(), rel=0.1)
+    assert measured > 5 * whole / 30
+
+
+def test_variance_reduction_at_the_optimum(sliced_sm):
+    """On N(0, I_d) with s = -x Gaussian slices add d(d - 2)/2 more to SSM than to SSM-VR: in d = 1 it is less."""
+    for d in (1, 2, 5):
+        x, J = normal(200000, d), -torch.eye(d).double()
+        more = sliced_sm.slicing_variance(J + x[:, :, None] * x[:, None] / 2, "gaussian") - sliced_sm.slicing_variance(J[None], "gaussian")
+        within(more, torch.tensor(d * (d - 2) / 2).double(), se=5)
+
+
+# %% sliced_sm.py: data, model, figures
+@pytest.mark.parametrize("name, d", [("moons", 2), ("gmm2", 2), ("correlated", 5), ("correlated", 1)])
+def test_mixture(sliced_sm, name, d):
+    """The score is that of torch.distributions, with noise and without, and the draws have the law's moments."""
+    law = centres, axes, variances = sliced_sm.mixture(name, d)
+    covs = axes @ torch.diag_embed(variances) @ axes.mT
+    x = (2 * normal(600, d)).requires_grad_()   # more than one piece of 500
+    for sigma in (0.0, 0.7):
+        noisy = MultivariateNormal(centres, covs + sigma**2 * torch.eye(d).double())
+        log_p = MixtureSameFamily(Categorical(torch.ones(len(centres)).double()), noisy).log_prob(x)
+        close(sliced_sm.mixture_score(law, x, sigma), torch.autograd.grad(log_p.sum(), x)[0], rtol=1e-6, atol=1e-6)
+    draws = sliced_sm.sample_data(law, 20000, generator(1)).double()
+    within(draws, centres.mean(0), se=5)
+    within(draws[:, :, None] * draws[:, None], (covs + centres[:, :, None] * centres[:, None]).mean(0), se=5)
+    if name != "correlated":
+        close(centres, centres_and_covs(name, 80)[0])
+        close(covs, centres_and_covs(name, 80)[1] * ((0.2 / 0.06) ** 2 if name == "moons" else 1), rtol=1e-6, atol=1e-6)
+
+
+def test_model_starts_as_a_gaussian(sliced_sm):
+    """Before training the score is that of one isotropic Gaussian with the data's mean and variance."""
+    x = 3 + 2 * torch.randn(500, 4)
+    torch.testing.assert_close(sliced_sm.ScoreMLP(x)(x), -(x - x.mean(0)) / x.var(0).mean())
+
+
+def test_reported_errors_of_sliced_sm(sliced_sm):
+    """The last error of every run is that of its network against the exact score, of p and of q_sigma."""
+    for (data, name), (net, history) in sliced_sm.runs.items():
+        law, _, checks = sliced_sm.DATA[data]
+        assert history[-1, 0] == 30 and (np.diff(history[:, 1]) > 0).all()
+        for (x, _), sigma, column in zip(checks, (0.0, sliced_sm.args.sigma), (2, 3)):
+            exact = sliced_sm.mixture_score(law, x, sigma)
+            assert history[-1, column] == pytest.approx(((net(x) - exact).norm() / exact.norm()).item(), rel=1e-4)
+    saved = torch.load(Path(sliced_sm.args.outdir) / "model.pt", weights_only=True)
+    close(saved["net.3.weight"], sliced_sm.runs["moons", "ssm_vr"][0].net[3].weight.detach(), rtol=0, atol=0)
+
+
+def test_training_is_the_same_but_for_the_loss(sliced_sm):
+    """All runs see the same start, batches and slices, so fd_ssm stays on ssm; every step is timed."""
+    final = lambda data, name: sliced_sm.runs[data, name][1][-1, 2]
+    for data in sliced_sm.DATA:
+        assert final(data, "fd_ssm") == pytest.approx(final(data, "ssm"), rel=0.01)
+    assert set(sliced_sm.cost) == set(sliced_sm.METHODS) and all(set(row) == {2} and row[2] > 0 for row in sliced_sm.ratio.values())
+
+
+def test_every_loss_learns():
+    """120 steps learn the score of gmm2 to 30 %, dsm that of q_sigma; a finite-difference step of 0.1 will do."""
+    script = run("sliced_sm", "--data gmm2 --n 20000 --batch 128 --steps 120 --sigma 0.5 --h 0.1 --dim 1", until="Sampling")
+    for name in script.LOSSES:
+        assert script.final(name, column=3 if name == "dsm" else 2) < 0.3, name
+
+
+def test_traps(sliced_sm):
+    """The printed figures: 1/d, order 2, the gradient that a ReLU hides, p(theta) = 0.381 of it."""
+    assert sliced_sm.fd_order == pytest.approx(2, abs=0.1)
+    assert sliced_sm.seen.item() == pytest.approx(-0.2668, abs=0.003) and sliced_sm.slope.item() == pytest.approx(-0.2668 - 0.3814, abs=0.01)
+    net, x = sliced_sm.net, sliced_sm.points
+    s, trace = net(x).detach(), implicit(net, x) - net(x).square().sum(1) / 2
+    assert sliced_sm.best.item() == pytest.approx(-(trace.mean() / 3 / s.square().sum(1).mean()).item(), rel=0.2)
+
+
+def test_langevin_variance_of_sliced_sm(sliced_sm):
+    """Langevin dynamics of -x/V forgets its start and settles at V/(1 - h/2V), h = eta/2."""
+    x = sliced_sm.langevin_dynamics(lambda x: -x / 0.5, 5 + normal(20000, 1), 0.4, 60, generator(1))
+    within(x.square(), torch.tensor(0.5 / (1 - 0.2 / (2 * 0.5))).double())
+
+
+def test_divergence_of_sliced_sm_is_reported(tmp_path):
+    """A run that diverges stops with a message that names the step, the loss and the data, and leaves no file."""
+    with pytest.raises(SystemExit, match=r"^diverged at step \d+: explicit on moons.*--lr below 100"):
+        run("sliced_sm", "--lr 100 --steps 60", outdir=tmp_path)
+    assert os.listdir(tmp_path) == []
