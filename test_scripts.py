@@ -1571,3 +1571,138 @@ def test_divergence_of_sliced_sm_is_reported(tmp_path):
     with pytest.raises(SystemExit, match=r"^diverged at step \d+: explicit on moons.*--lr below 100"):
         run("sliced_sm", "--lr 100 --steps 60", outdir=tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+# %% theory.md: identities that no script computes, and its links
+def test_2_1_variance_preservation():
+    """Cov(x_t) = alpha^2 C + sigma^2 I is C only for C = sigma^2/(1 - alpha^2) I; a DDPM chain moves it to I by the factor alpha_bar."""
+    root, (alpha, sigma) = torch.tensor([2.0, 0.5]).double(), (math.sqrt(0.5), math.sqrt(0.5))
+    x_t = alpha * root * normal(200000, 2) + sigma * normal(200000, 2, seed=1)
+    within(x_t.square(), torch.tensor([2.5, 0.625]).double())
+    assert (root**2 != torch.tensor([2.5, 0.625])).all()
+    within((alpha * normal(200000, 2) + sigma * normal(200000, 2, seed=1)).square(), torch.ones(2).double())
+    C, alpha_bar = torch.diag(root**2), 1.0
+    for beta in (0.1, 0.3, 0.2):
+        C, alpha_bar = (1 - beta) * C + beta * torch.eye(2).double(), alpha_bar * (1 - beta)
+    close(C, torch.eye(2).double() + alpha_bar * (torch.diag(root**2) - torch.eye(2).double()))
+
+
+def transition(alpha_s, sigma_s, alpha_t, sigma_t):
+    """alpha and variance of q(x_t | x_s), theory.md 2.2."""
+    return alpha_t / alpha_s, sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
+
+
+ALPHAS = (0.9, 0.5, 0.6, 1.1)   # alpha_s, sigma_s, alpha_t, sigma_t with SNR_t < SNR_s
+
+
+def test_2_2_transition():
+    """The Markov kernel reproduces q(x_t | x_0); so does every rho, but only the Markov one leaves x_0 out; it may not exist."""
+    (a_s, s_s, a_t, s_t), x0 = ALPHAS, normal(200000, 1)
+    x_s = a_s * x0 + s_s * normal(200000, 1, seed=1)
+    a, variance = transition(*ALPHAS)
+    markov = math.sqrt((a_t / s_t) ** 2 / (a_s / s_s) ** 2)
+    for rho in (-0.5, 0.0, markov, 1.0):
+        x_t = a_t * x0 + rho * s_t / s_s * (x_s - a_s * x0) + math.sqrt(1 - rho**2) * s_t * normal(200000, 1, seed=2)
+        within((x_t - a_t * x0).square(), torch.tensor([s_t**2]).double())        # the same marginals
+        within((x_t - a_t * x0) * x0, torch.zeros(1).double())
+        on_x0 = ((x_t - a * x_s) * x0).mean() / (x0 * x0).mean()                  # E[x_t - a x_s | x_0] is a multiple of x_0
+        assert (abs(on_x0) < 0.02) and ((rho == markov) == bool(abs(((x_t - a * x_s) * (x_s - a_s * x0)).mean()) < 0.01))
+    within((a * x_s + math.sqrt(variance) * normal(200000, 1, seed=3) - a_t * x0).square(), torch.tensor([s_t**2]).double())
+    assert transition(0.6, 0.8, 0.9, 0.5)[1] == pytest.approx(-1.19)
+
+
+def test_2_3_posterior():
+    """q(x_s | x_t, x_0) by Bayes' rule from the transition, against the formulas with rho and with x_t, and the KL of two of them."""
+    a_s, s_s, a_t, s_t = ALPHAS
+    a, variance = transition(*ALPHAS)
+    x0, guess, x_t = 0.7, -0.4, 1.9
+    precision = 1 / s_s**2 + a**2 / variance   # product of N(x_s; a_s x0, s_s^2) and N(x_t; a x_s, variance)
+    mean = lambda x0: (a_s * x0 / s_s**2 + a * x_t / variance) / precision
+    rho = a_t * s_s / (a_s * s_t)
+    assert mean(x0) == pytest.approx(a_s * x0 + rho * s_s / s_t * (x_t - a_t * x0)) == pytest.approx(a * s_s**2 / s_t**2 * x_t + a_s * variance / s_t**2 * x0)
+    assert 1 / precision == pytest.approx((1 - rho**2) * s_s**2) == pytest.approx(s_s**2 * variance / s_t**2)
+    snr = (a_s / s_s) ** 2 - (a_t / s_t) ** 2
+    assert (mean(x0) - mean(guess)) ** 2 * precision / 2 == pytest.approx(snr / 2 * (x0 - guess) ** 2)
+
+
+POINTS = torch.tensor([[-1.0], [0.2], [1.5]], dtype=torch.float64)   # three data points in 1-D, equally likely
+GRID = torch.linspace(-9, 9, 36001, dtype=torch.float64)[:, None]
+three = lambda sigma: MixtureSameFamily(Categorical(torch.ones(3).double()), MultivariateNormal(POINTS, sigma**2 * torch.eye(1).double()))
+
+
+def three_score(x, sigma):
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(three(sigma).log_prob(x).sum(), x)[0]
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
+def test_4_1_to_4_3_denoising(sigma):
+    """Three data points, by quadrature: loss = excess + floor, Tweedie's mean and covariance, floor = mmse/(2 sigma^4) in its three forms."""
+    q, s, dx = three(sigma).log_prob(GRID).exp(), three_score(GRID, sigma), 18 / 36000
+    kernel = (-(GRID - POINTS.T).square() / (2 * sigma**2)).exp() / math.sqrt(2 * math.pi * sigma**2) / 3   # (N, 3) joint density
+    posterior = kernel / kernel.sum(1, keepdim=True)
+    mean = posterior @ POINTS
+    variance = posterior @ POINTS**2 - mean**2
+    close(mean, GRID + sigma**2 * s, rtol=1e-8, atol=1e-8)
+    slope = (three_score(GRID + 1e-5, sigma) - three_score(GRID - 1e-5, sigma)) / 2e-5
+    close(variance, sigma**2 + sigma**4 * slope, rtol=1e-5, atol=1e-7)
+    E = lambda f: (q[:, None] * f).sum().item() * dx
+    floor = E(variance) / (2 * sigma**4)
+    assert floor == pytest.approx((1 / sigma**2 - E(s**2)) / 2, abs=1e-8) == pytest.approx(E(1 / sigma**2 + slope) / 2, abs=1e-6)
+    field = torch.sin(2 * GRID) - GRID
+    loss = 0.5 * (kernel * (field - (POINTS.T - GRID) / sigma**2).square()).sum().item() * dx
+    assert loss == pytest.approx(0.5 * E((field - s) ** 2) + floor, abs=1e-8)
+
+
+def test_4_1_fisher_is_not_kl():
+    """Data N(0, 1), model exp(-theta x^4/4): KL is least at theta = 1/3, the Fisher divergence at 1/5 (003 says that DSM minimises KL)."""
+    x, theta = torch.linspace(-9, 9, 4001, dtype=torch.float64), torch.linspace(0.1, 0.5, 4001, dtype=torch.float64)[:, None]
+    p = (-x**2 / 2).exp() / (-x**2 / 2).exp().sum()
+    kl = (p * theta * x**4 / 4).sum(1) + torch.logsumexp(-theta * x**4 / 4, 1)
+    fisher = (p * (-theta * x**3 + x).square()).sum(1)
+    assert theta[kl.argmin()].item() == pytest.approx(1 / 3, abs=5e-4) and theta[fisher.argmin()].item() == pytest.approx(1 / 5, abs=5e-4)
+
+
+def test_11_2_kl_over_the_levels():
+    """d/d(sigma^2) KL(q_sigma | r_sigma) = -(1/2) E|grad log q - grad log r|^2, for two mixtures, by quadrature and differences."""
+    x = torch.linspace(-12, 12, 20001, dtype=torch.float64)[:, None]
+    law_ = lambda w, v: MixtureSameFamily(Categorical(torch.tensor(w).double()),
+                                          MultivariateNormal(torch.tensor([[-2.0], [1.0]]).double(), v * torch.eye(1).double()))
+    kl = lambda v: (law_([0.3, 0.7], v).log_prob(x).exp() * (law_([0.3, 0.7], v).log_prob(x) - law_([0.6, 0.4], v).log_prob(x))).sum().item() * 24 / 20000
+
+    def field(w, v):
+        y = x.clone().requires_grad_()
+        return torch.autograd.grad(law_(w, v).log_prob(y).sum(), y)[0][:, 0]
+    fisher = (law_([0.3, 0.7], 1.5).log_prob(x).exp() * (field([0.3, 0.7], 1.5) - field([0.6, 0.4], 1.5)) ** 2).sum().item() * 24 / 20000
+    assert (kl(1.501) - kl(1.499)) / 0.002 == pytest.approx(-fisher / 2, rel=1e-4)
+
+
+def anchors(text):
+    """GitHub's anchors of the headings of a Markdown text."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "theory.md"])
+def test_links_resolve(name):
+    """Every relative link leads to a file and, behind a #, to a heading of it; the web is not asked."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", (HERE / name).read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            file, _, anchor = link.partition("#")
+            path = HERE / (file or name)
+            assert path.exists() and (not anchor or anchor in anchors(path.read_text(encoding="utf-8"))), link
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_sections_that_a_script_names_exist(name):
+    """Every number behind "theory.md" in a script is a heading there, and the functions that theory.md names exist in some script."""
+    theory = (HERE / "theory.md").read_text(encoding="utf-8")
+    text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+    numbers = [number for group in re.findall(r"theory\.md ((?:\d+(?:\.\d+)?(?:, | and | to )?)+)", text) for number in re.findall(r"\d+(?:\.\d+)?", group)]
+    assert numbers and all(re.search(rf"^##+ {re.escape(number)} ", theory, re.M) for number in numbers), numbers
+
+
+def test_names_in_theory_exist():
+    """Functions and tests that theory.md names in backquotes are defined in a script or in this file."""
+    code = "".join((HERE / f"{name}.py").read_text(encoding="utf-8") for name in [*TINY, "test_scripts"])
+    for name in re.findall(r"`([a-z][a-z_0-9]+)`", (HERE / "theory.md").read_text(encoding="utf-8")):
+        assert re.search(rf"\b{name}\b", code), name
