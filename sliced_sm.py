@@ -9,7 +9,7 @@ Reads beside: notes 003 section 4.2.3 (whole, with its table of methods); 002 pa
 Part 1 trains the same network on the same data with every loss, part 2 measures the variance of the losses, part 3 the time
 of a step from 2 to 1000 dimensions, part 4 shows three traps. The score of the data is known: every error is an exact one.
 
-A good run takes 60 s and ends like this (2 CPU cores, Python 3.11, torch 2.13.0; errors in 20-D; costs in DSM steps at d = 100):
+A good run takes 70 s and ends like this (2 CPU cores, Python 3.11, torch 2.13.0; errors in 20-D; costs in DSM steps at d = 100):
     data=moons seed=0 steps=600 slices=rademacher n_slices=1 dim=20 loss=ssm_vr err_explicit=0.1283 err_exact=0.2201 err_ssm=0.3781
     err_ssm_vr=0.2478 err_fd_ssm=0.3781 err_dsm=0.2466 SW2=0.0535 floor=0.0339 law_gap=0.056 fd_order=2.0 cost_ssm_vr=1.43 cost_exact=20.7
 """
