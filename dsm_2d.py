@@ -60,7 +60,7 @@ NUMBERS = [   # flag, default, lowest, highest, meaning; sigmas and distances ar
     ("n_samples", 5000, 2, 10**6, "points in samples.npy and in every set behind an SW2"),
     ("viz_sigma", None, 1e-4, 1e4, "level of the denoising picture, inside the trained range (None: 10 sigma_min)"),
     ("eta", None, 0, 1e4, "step of the one-step denoising (None: viz_sigma^2, Tweedie)"),
-    ("seed", 0, 0, 2**32, "seed of everything random"),
+    ("seed", 0, 0, 2**32 - 1, "seed of everything random"),
 ]
 for flag, default, low, high, meaning in NUMBERS:
     parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
