@@ -8,10 +8,12 @@ are fixed, so a tolerance of 4 or 5 SE never fails by chance.
 To add a script: a line in each of the three tables, a fixture under its name, its oracles. Its samples and its model have
 to stand before a cell "Pictures", which only the command and the notebook run.
 """
+import gzip
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ import scipy.stats
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import pdist
+from sklearn.datasets import load_digits
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 HERE = Path(__file__).resolve().parent
@@ -39,12 +42,14 @@ TINY = {   # settings with which a script takes seconds
     "dsm_2d": "--n 300 --batch 64 --steps 30 --T 6 --n_samples 64",
     "dsm_homework": "--n 100 --batch 40 --epochs 3 --num_steps 12 --n_samples 200",
     "implicit_sm": "--n 300 --n_few 10 --batch 64 --steps 20 --hidden 16 --K 20 --n_samples 64",
+    "ncsn_mnist": "--data digits --T 6 --filters 4 --blocks 4 --epochs 2 --batch 250 --n_samples 25",
     "sliced_sm": "--n 300 --batch 32 --steps 30 --dim 3 --points 300 --d_max 2 --K 5 --n_samples 64",
 }
 OUTPUT = {   # shape of samples.npy and the pictures
     "dsm_2d": ((64, 2), ["denoise_scatter.png", "generation.png", "quiver.png", "training.png"]),
     "dsm_homework": ((200, 2), ["curves.png", "fields.png", "grid.png", "sigma_row.png", "trajectories.png"]),
     "implicit_sm": ((64, 2), ["geometry.png", "kernels.png", "training.png"]),
+    "ncsn_mnist": ((25, 1, 8, 8), ["annealing.png", "interpolation.png", "neighbours.png", "samplers.png", "samples.png", "training.png"]),
     "sliced_sm": ((64, 2), ["fields.png", "measures.png", "training.png"]),
 }
 BAD = {   # settings to be refused in a message with the first flag and its value
@@ -57,11 +62,15 @@ BAD = {   # settings to be refused in a message with the first flag and its valu
     "implicit_sm": ["--n 1", "--n many", "--n_few 1", "--n_few 301", "--n_hutchinson 0", "--n_hutchinson 1.5", "--sigma 0", "--sigma 2",
                     "--sigma nan", "--hidden 0", "--layers 0", "--steps 0", "--batch 0", "--batch 301", "--lr 0", "--lr nan", "--K 0",
                     "--eta 0", "--eta 4", "--eta nan", "--n_samples 1", "--seed -1", "--activation step", "--device abacus", "--device cuda"],
+    "ncsn_mnist": ["--data cifar", "--net cnn", "--sampler magic", "--device abacus", "--device cuda", "--T 0", "--T many", "--sigma_min 0", "--sigma_min 3",
+                   "--sigma_min nan", "--sigma_max 0.5", "--sigma_max inf", "--filters 0", "--blocks 0", "--epochs 0", "--batch 0", "--batch 1501",
+                   "--lr 0", "--lr nan", "--K 0", "--kappa 0", "--kappa 2", "--n_samples 19", "--seed -1"],
     "sliced_sm": ["--n 9", "--dim 0", "--dim two", "--n_slices 0", "--n_slices -3", "--h 0", "--h -0.1", "--h nan", "--sigma 0", "--sigma inf",
     "--hidden 0", "--steps 0", "--batch 0", "--batch 301", "--lr nan", "--points 9", "--d_max 1", "--K 0", "--eta 0", "--n_samples 1",
     "--seed -1", "--data circle", "--loss sliced", "--slices cube", "--device abacus", "--device cuda"],
 }
 ONE_DENSITY = ["implicit_sm", "sliced_sm"]   # scripts whose scores take no sigma
+IMAGES = ["ncsn_mnist"]   # scripts on a fixed set of images: no exact score, grey pictures, a checkpoint beside the other files
 scratch = tempfile.TemporaryDirectory()
 
 
@@ -115,7 +124,8 @@ def test_command_ends_with_its_summary(command):
 def test_command_writes_its_files_and_no_others(command):
     """All output is in outdir, under its final name: nothing in the working folder, no unfinished_ file."""
     shape, pictures = OUTPUT[command.name]
-    assert sorted(os.listdir(command.outdir)) == sorted(pictures + ["model.pt", "samples.npy", "summary.json"])
+    checkpoint = ["checkpoint.pt"] if command.name in IMAGES else []
+    assert sorted(os.listdir(command.outdir)) == sorted(checkpoint + pictures + ["model.pt", "samples.npy", "summary.json"])
     assert os.listdir(command.cwd) == []
     samples = np.load(command.outdir / "samples.npy")
     assert samples.shape == shape and np.isfinite(samples).all()
@@ -124,10 +134,11 @@ def test_command_writes_its_files_and_no_others(command):
 
 
 def test_pictures_show_something(command):
-    """Each picture opens, is large enough to read and shows something in colour: an empty frame is black on white."""
+    """Each picture opens, is large enough to read and shows something in colour, or images in grey: an empty frame is black on white."""
     for name in OUTPUT[command.name][1]:
         pixels = plt.imread(command.outdir / name)[..., :3]
-        assert min(pixels.shape[:2]) >= 300 and (np.ptp(pixels, axis=2) > 0.2).mean() > 0.003, name
+        grey = command.name in IMAGES and (abs(pixels.mean(2) - 0.5) < 0.4).mean() > 0.1
+        assert min(pixels.shape[:2]) >= 300 and (grey or (np.ptp(pixels, axis=2) > 0.2).mean() > 0.003), name
 
 
 def test_same_command_gives_same_bytes(command, request):
@@ -138,10 +149,11 @@ def test_same_command_gives_same_bytes(command, request):
 
 @pytest.mark.parametrize("name", TINY)
 def test_other_seed_gives_other_samples(name, request):
-    """--seed reaches the data, the network and the sampling."""
+    """--seed reaches the data, unless these are fixed, the network and the sampling."""
     here, there = request.getfixturevalue(name), run(name, "--seed 1")
     assert torch.initial_seed() == 1
-    assert (here.x_data != there.x_data).any() and (here.samples != there.samples).all()
+    assert (here.x_data != there.x_data).any() == (name not in IMAGES)
+    assert ((here.samples != there.samples) | (here.samples.abs() == 1)).all()   # 1: the end of the grey scale
     assert all((a != b).all() for a, b in zip(here.model.parameters(), there.model.parameters()))
 
 
@@ -159,10 +171,11 @@ def test_notebook_cell(name, tmp_path):
     figures = plt.get_fignums()
     plt.close("all")
     assert len(figures) == len(OUTPUT[name][1]) == len(list(tmp_path.glob("*.png")))
-    assert {"args", "x_data", "model", "score", "exact_score", "samples"} <= set(cell)
+    fields = ["score"] if name in IMAGES else ["score", "exact_score"]
+    assert {"args", "x_data", "model", "samples", *fields} <= set(cell)
     assert cell["samples"].shape == OUTPUT[name][0]
     x, sigma = cell["x_data"][:5], getattr(cell["args"], "sigma", 0.5)
-    for field in ("score", "exact_score"):
+    for field in fields:
         call = cell[field] if name not in ONE_DENSITY else lambda x, sigma: cell[field](x)
         assert call(x, sigma).shape == x.shape and torch.isfinite(call(x, sigma)).all()
         torch.testing.assert_close(call(x, torch.full((5,), sigma)), call(x, sigma))   # sigma a float or (B,)
@@ -1706,3 +1719,562 @@ def test_names_in_theory_exist():
     code = "".join((HERE / f"{name}.py").read_text(encoding="utf-8") for name in [*TINY, "test_scripts"])
     for name in re.findall(r"`([a-z][a-z_0-9]+)`", (HERE / "theory.md").read_text(encoding="utf-8")):
         assert re.search(rf"\b{name}\b", code), name
+
+
+# %% ncsn_mnist.py: note 001 task 3
+@pytest.fixture(scope="session")
+def ncsn_mnist():
+    return run("ncsn_mnist")
+
+
+class DummyConditionedMLP(torch.nn.Module):
+    """A linear layer that has the level index added to its answer."""
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, x, y):
+        return self.layer(x) + y[:, None]
+
+
+class Slopes(torch.nn.Module):
+    """s = -a_t x, a slope for each level."""
+    def __init__(self, *slopes):
+        super().__init__()
+        self.slopes = torch.nn.Parameter(torch.tensor(slopes))
+
+    def forward(self, x, y):
+        self.seen = y
+        return -self.slopes[y].view(-1, *[1] * (x.dim() - 1)) * x
+
+
+def test_ncsn_homework_network(ncsn_mnist):
+    """What the homework asserts of its network: a fresh one keeps the shape and tells two levels apart; other channels, sizes, blocks too."""
+    network = ncsn_mnist.ConditionedSimpleResnet(in_channels=1, out_channels=1, n_filters=16, n_blocks=1, num_embeddings=2)
+    x, first, second = torch.rand(1, 1, 28, 28), torch.tensor([0]), torch.tensor([1])
+    assert network(x, first).shape == x.shape
+    assert not np.allclose(network(x, first).detach().numpy(), network(x, second).detach().numpy())
+    for n_blocks in (1, 4, 9):
+        network = ncsn_mnist.ConditionedSimpleResnet(3, 2, 8, n_blocks, 5)
+        assert network(torch.rand(6, 3, 8, 12), torch.arange(6) % 5).shape == (6, 2, 8, 12)
+        assert sum(isinstance(part, ncsn_mnist.ConditionedResnetBlock) for part in network.modules()) == n_blocks
+
+
+@pytest.mark.parametrize("shape, network", [((2,), DummyConditionedMLP()), ((1, 4, 4), Slopes(1.0, 1.0, 1.0)), ((5,), Slopes(1.0, 1.0, 1.0))])
+def test_ncsn_homework_contract(ncsn_mnist, shape, network):
+    """What the homework asserts of its class: shapes of forward, loss and sample, for any conditioned model; one level will do."""
+    for sigmas in ([0.1], [0.1, 2.0, 0.5]):
+        ncsn = ncsn_mnist.NoiseConditionedScoreNetwork(score_model=network, input_shape=shape, sigmas=sigmas)
+        x = torch.rand(16, *shape)
+        assert ncsn(x).shape == x.shape and ncsn.loss(x)["total_loss"].shape == ()
+        close(ncsn.sigmas, torch.tensor(sorted(sigmas)[::-1]))
+        assert list(ncsn.sample(4).shape) == [4, *shape] and not ncsn.sample(4).requires_grad
+        other = ncsn_mnist.NoiseConditionedScoreNetwork(network, shape, [7.0] * len(sigmas))
+        other.load_state_dict(ncsn.state_dict())   # 001's plain attribute stays behind
+        close(other.sigmas, ncsn.sigmas, rtol=0, atol=0)
+        assert ncsn.device == torch.device("cpu")
+    calls = []
+    ncsn = ncsn_mnist.NoiseConditionedScoreNetwork(lambda x, y: calls.append(y) or -x, shape, np.geomspace(0.01, 1, 10))
+    ncsn.sample(3)
+    assert 50 <= len(calls) <= 500 and [int(y[0]) for y in calls] == sorted(int(y[0]) for y in calls)
+
+
+def test_ncsn_training_helper(ncsn_mnist):
+    """A generic helper that only knows loss(batch)["total_loss"], parameters() and sample(n) trains the class, each level for itself."""
+    sigmas, x = [2.0, 1.0, 0.5], normal(4000, 2, seed=1).float()
+    ncsn = ncsn_mnist.NoiseConditionedScoreNetwork(Slopes(0.0, 0.0, 0.0), (2,), sigmas)
+    optimizer = torch.optim.SGD(ncsn.parameters(), 0.3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        ncsn.loss(x)["total_loss"].backward()
+        optimizer.step()
+    close(ncsn.score_model.slopes.detach(), torch.tensor([1 / (1 + sigma**2) for sigma in sigmas]), rtol=0, atol=0.06)
+    assert ncsn.sample(7).shape == (7, 2)
+
+
+def level_moments(script, shape=(3,), v=0.7, **options):
+    """Loss elements (n, ...) of s = -a_t x on N(0, v I) at each of three levels with the values expected of them."""
+    sigmas, slopes = [2.0, 0.5, 0.1], (0.9, 0.3, 4.0)
+    ncsn = script.NoiseConditionedScoreNetwork(Slopes(*slopes), shape, sigmas, **options).double()
+    values = ncsn(math.sqrt(v) * normal(30000, *shape, seed=1)).detach()
+    for t, (sigma, a) in enumerate(zip(sigmas, slopes)):   # s + eps/sigma = -a x + (1/sigma - a sigma) eps
+        yield values[ncsn.score_model.seen == t], a**2 * v + (1 / sigma - a * sigma) ** 2, sigma**2 / 4
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 2)])
+def test_ncsn_loss_on_a_quadratic(ncsn_mnist, shape):
+    """Each element has the expectation sigma_t^2/sigma_max^2 (a^2 v + (1/sigma - a sigma)^2), and all levels come equally often."""
+    for values, expected, weight in level_moments(ncsn_mnist, shape):
+        within(values, weight * expected)
+        assert len(values) == pytest.approx(10000, abs=4 * math.sqrt(30000 * 2 / 9))
+
+
+def test_ncsn_weights_and_probs(ncsn_mnist):
+    """`weights` and `probs` stand in for the homework's weight and its uniform choice of the level."""
+    weights, probs = torch.tensor([5.0, 0.3, 1.0]), torch.tensor([1.0, 0.0, 3.0])
+    for (values, expected, _), w, p in zip(level_moments(ncsn_mnist, weights=weights, probs=probs), weights, probs / 4):
+        assert len(values) == pytest.approx(30000 * p, abs=4 * math.sqrt(30000 * p * (1 - p)))
+        if p:
+            within(values, w.item() * expected)
+
+
+@pytest.mark.parametrize("sigma, v", [(0.1, 0.7), (2.0, 0.7)])
+def test_ncsn_gradient_sign(ncsn_mnist, sigma, v):
+    """The loss of s = -a x on N(0, v I) falls up to a = 1/(v + sigma^2) and rises after, with the slope 2 d (a (v + sigma^2) - 1)."""
+    x = math.sqrt(v) * normal(100000, 2, seed=1)
+    for factor in (0.3, 0.9, 1.1, 2.0):
+        a = factor / (v + sigma**2)
+        ncsn = ncsn_mnist.NoiseConditionedScoreNetwork(Slopes(a), (2,), [sigma]).double()
+        ncsn.loss(x)["total_loss"].backward()
+        assert ncsn.score_model.slopes.grad.item() == pytest.approx(4 * (factor - 1), abs=0.03 / min(sigma, 1))
+        assert (factor - 1) * ncsn.score_model.slopes.grad > 0
+
+
+@pytest.mark.parametrize("sigma_max, eps, hits", [(1.0, None, True), (30.0, None, True), (1.0, 0.1, True), (30.0, 0.1, False)])
+def test_ncsn_annealed_langevin(ncsn_mnist, sigma_max, eps, hits):
+    """With the exact score of N(0, v) the samples have the variance of the recursion; 001's eps = 0.1 reaches v for sigma_max near 1 only."""
+    v, kappa, sigmas = 0.5, 0.15, np.geomspace(0.1, sigma_max, 20)
+    ncsn = ncsn_mnist.NoiseConditionedScoreNetwork(lambda x, y: -x / (v + ncsn.sigmas[y].square()[:, None]), (1,), sigmas)
+    u = sigma_max**2
+    for sigma in sigmas[::-1]:
+        eta = 2 * kappa * sigma**2 if eps is None else eps * (sigma / sigma_max) ** 2
+        for _ in range(50):
+            u = (1 - eta / (2 * (v + sigma**2))) ** 2 * u + eta
+    u *= (v / (v + sigmas[0] ** 2)) ** 2
+    torch.manual_seed(1)
+    x = ncsn.sample(5000, 50, eps).double()
+    within(x, 0.0)
+    within(x.square(), u)
+    assert u == pytest.approx(v, rel=0.05) if hits else u > 100 * v
+
+
+def test_ncsn_one_langevin_step(ncsn_mnist):
+    """One step at one level is x + (eta/2) s + sqrt(eta) z; levels are called in descending order; sample ends with x + sigma_min^2 s."""
+    x, calls = normal(5, 2), []
+    ncsn = ncsn_mnist.NoiseConditionedScoreNetwork(lambda x, y: calls.append(y.tolist()) or 7 - x, (2,), [0.4])
+    torch.manual_seed(2)
+    close(ncsn.annealed_langevin_dynamics(x, 1, 0.3), x + 0.15 * (7 - x) + math.sqrt(0.3) * normal(5, 2, seed=2))
+    torch.manual_seed(3)
+    start = 0.4 * torch.randn(5, 2, generator=generator(3))
+    torch.testing.assert_close(ncsn.sample(5, num_steps=0), start + 0.16 * (7 - start))
+    ncsn_mnist.NoiseConditionedScoreNetwork(ncsn.score_model, (2,), [0.4, 3]).annealed_langevin_dynamics(x, 2, 0.3)
+    assert calls == [[0] * 5] * 4 + [[1] * 5] * 2
+
+
+# %% ncsn_mnist.py: network
+@pytest.mark.parametrize("kind, size", [("resnet", 28), ("unet", 8), ("unet", 28)])
+def test_ncsn_conditioning_matters(ncsn_mnist, kind, size):
+    """Both networks keep 8x8 and 28x28 and answer each level in its own way, image by image; image by image, once trained to."""
+    levels = torch.tensor([3.0, 1.0, 0.1])
+    net = ncsn_mnist.UNet(1, 8, 4, levels) if kind == "unet" else ncsn_mnist.ConditionedSimpleResnet(1, 1, 8, 4, 3)
+    x, y = torch.randn(1, 1, size, size).expand(3, -1, -1, -1), torch.arange(3)
+    if kind == "unet":   # its FiLM starts at scale 1, shift 0 at every level
+        torch.testing.assert_close(net(x, y)[0], net(x, y)[1])
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(8):
+        optimizer.zero_grad()
+        (net(x, y) - levels.log()[:, None, None, None]).square().mean().backward()
+        optimizer.step()
+    answer = net(x, y)
+    assert answer.shape == (3, 1, size, size)
+    assert min((answer[i] - answer[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 2e-3
+    close(net(x, y.flip(0)), answer.flip(0), rtol=1e-3, atol=1e-4)
+
+
+def test_ncsn_instance_norm(ncsn_mnist):
+    """Every channel of every image gets mean 0, variance 1; FiLM starts at scale 1 and shift 0 whatever the embedding, then scales and shifts."""
+    norm, x, embedding = ncsn_mnist.ConditionalInstanceNorm2d(4, 6).double(), 3 + 5 * normal(7, 4, 8, 8), normal(7, 6)
+    plain = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True, correction=0)
+    close(norm(x, embedding), plain, rtol=0, atol=1e-5)
+    for weight in norm.film.parameters():
+        torch.nn.init.normal_(weight)
+    film = embedding @ norm.film.weight.T + norm.film.bias
+    close(norm(x, embedding), film[:, :4, None, None] * plain + film[:, 4:, None, None], rtol=0, atol=1e-4)
+
+
+def test_ncsn_embedding_of_levels(ncsn_mnist):
+    """The U-Net tells apart the levels that 003's sin(2^k pi sigma) takes for one, and takes neighbours for neighbours."""
+    waves = lambda *levels: ncsn_mnist.UNet(1, 4, 1, torch.tensor(levels)).waves
+    assert pdist(waves(2.0, 4.0, 10.0)).min() > 0.5 and pdist(waves(1.0, 1.05)).max() < 0.3
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_ncsn_preconditioning(ncsn_mnist, bf16):
+    """score = (D - x)/sigma^2 with D of Karras et al. 2022, table 1; the network sees unit variance; the answer is float32."""
+    sigmas, mean, d, seen = torch.tensor([10.0, 0.6, 0.02]), torch.tensor(-0.4), torch.tensor(0.75), []
+    net = lambda x, y: seen.append((x, y)) or torch.sin(2 * x).to(torch.bfloat16 if bf16 else torch.float32)
+    y = torch.arange(3).repeat(2000)
+    sigma = sigmas[y][:, None, None, None]
+    x = mean + d * torch.randn(6000, 1, 4, 4) + sigma * torch.randn(6000, 1, 4, 4)
+    module = ncsn_mnist.PreconditionedScore(torch.nn.Identity(), sigmas, mean, d, bf16)
+    module.net.forward = net
+    s, (inputs, index), total = module(x, y), seen[0], sigma**2 + d**2
+    assert s.dtype == torch.float32 and torch.equal(index, y)
+    F = torch.sin(2 * (x - mean) / total.sqrt())
+    D = mean + d**2 / total * (x - mean) + sigma * d / total.sqrt() * F
+    torch.testing.assert_close(sigma**2 * s, D - x, rtol=1e-4, atol=0.02 if bf16 else 1e-5)
+    for t in range(3):
+        within(inputs[y == t].square().mean((1, 2, 3)), 1.0)
+
+
+def test_ncsn_script_weights(ncsn_mnist):
+    """The script's weights make the loss of F = 0 equal to 1 at every level: its target has unit variance. probs peaks at sigma = 0.4."""
+    script, d = ncsn_mnist, ncsn_mnist.sigma_data
+    frame = script.PreconditionedScore(torch.nn.Identity(), script.sigmas, script.mean, d)
+    frame.net.forward, seen = lambda x, y: seen.append(y) or torch.zeros_like(x), []
+    ncsn = script.NoiseConditionedScoreNetwork(frame, script.input_shape, script.levels, script.weights, torch.ones(script.args.T))
+    values = ncsn(script.mean + d * torch.randn(6000, *script.input_shape)).sum((1, 2, 3))
+    for t in range(script.args.T):
+        within(values[seen[0] == t], 1.0)
+    assert abs(math.log(script.levels[script.probs.argmax()] / 0.4)) < 0.7 and (script.probs > 0).all()
+    assert torch.equal(script.model.probs, script.probs) and torch.equal(script.model.weights, script.weights)
+
+
+# %% ncsn_mnist.py: sampling
+def test_ncsn_score_takes_the_nearest_level(ncsn_mnist):
+    """score answers with the level nearest in log sigma, one for each image, and refuses levels outside the trained range."""
+    x, levels = torch.randn(4, *ncsn_mnist.input_shape), ncsn_mnist.levels
+    between = lambda t, share: levels[t] ** (1 - share) * levels[t + 1] ** share
+    sigma = torch.tensor([levels[0], between(0, 0.4), between(2, 0.6), levels[-1]])
+    with torch.no_grad():
+        torch.testing.assert_close(ncsn_mnist.score(x, sigma), ncsn_mnist.score_model(x, torch.tensor([0, 0, 3, len(levels) - 1])))
+        torch.testing.assert_close(ncsn_mnist.score(x, between(2, 0.6)), ncsn_mnist.score_model(x, torch.tensor([3] * 4)))
+    for wrong in (1.01 * levels[0], 0.99 * levels[-1], 0.0, math.nan, torch.tensor([1.0, 1.0, 1.0, -1.0])):
+        with pytest.raises(ValueError, match="trained range"):
+            ncsn_mnist.score(x, wrong)
+
+
+@pytest.mark.parametrize("v", [0, 0.3, 2])
+@pytest.mark.parametrize("name", ["ald", "pc", "ancestral", "ddim"])
+def test_ncsn_sampler_variances(ncsn_mnist, name, v):
+    """Every state has the variance of theory.md 7 and 8, for the printed number of calls; for v = 0, a point, the end is the point."""
+    sigmas, u, expected, calls = [3.0, 2.0, 1.0, 0.6, 0.2], 12.0, [12.0], []
+    kappa, K = 0.2, {"ald": ncsn_mnist.args.K, "pc": 1}.get(name, 0)
+    for sigma, sigma_next in zip(sigmas, sigmas[1:] + [0]):
+        for _ in range(K):
+            u = (1 - kappa * sigma**2 / (sigma**2 + v)) ** 2 * u + 2 * kappa * sigma**2
+        if name != "ald" or not sigma_next:   # x_next = D + rho (sigma_next/sigma) (x - D) + sigma_next sqrt(1 - rho^2) z
+            rho, D = 1 if name == "ddim" else sigma_next / sigma, v / (sigma**2 + v)
+            u = (D + rho * sigma_next / sigma * (1 - D)) ** 2 * u + sigma_next**2 * (1 - rho**2)
+        expected.append(u)
+    score, bar = lambda x, sigma: calls.append(sigma) or -x / (sigma**2 + v), mock.Mock()
+    with mock.patch.dict(ncsn_mnist.run_sampler.__globals__, score=score):
+        path = ncsn_mnist.run_sampler(name, math.sqrt(12) * normal(20000, 1, seed=5), sigmas, generator(1), bar, kappa)
+    for x, value in zip(path, expected, strict=True):
+        within(x.square(), value) if value > 1e-20 else close(x, 0 * x)
+    assert len(calls) == bar.update.call_count == ncsn_mnist.calls(name, 5) and calls == sorted(calls, reverse=True)
+    assert ncsn_mnist.calls(name) == {"ald": 6 * K + 1, "pc": 12, "ancestral": 6, "ddim": 6}[name]   # T = 6
+
+
+def test_ncsn_generate(ncsn_mnist):
+    """generate starts at the level it is given, in pieces of 250 that keep their order, and ends denoised."""
+    x, levels = torch.randn(300, *ncsn_mnist.input_shape), ncsn_mnist.levels
+    with mock.patch.dict(ncsn_mnist.run_sampler.__globals__, score=lambda x, sigma: -x / (sigma**2 + 0.5)):
+        path = ncsn_mnist.generate("ddim", x, 2)
+        first, again, other = (ncsn_mnist.generate("pc", x[:3], 2, seed)[-1] for seed in (4, 4, 5))
+    assert len(path) == len(levels) - 2 + 1 and torch.equal(first, again) and (first != other).all()
+    for state, sigma, sigma_next in zip(path[1:], levels[2:], levels[3:] + [0]):
+        D = 0.5 * x / (sigma**2 + 0.5)
+        x = D + sigma_next / sigma * (x - D)
+        torch.testing.assert_close(state, x, rtol=1e-4, atol=1e-5)
+
+
+def test_ncsn_slerp(ncsn_mnist):
+    """From a to b on the arc: ends, norm, equal angles, one angle for the whole image; parallel noise does not divide by 0."""
+    a, b = normal(1, 8, 8), normal(1, 8, 8, seed=1)
+    b *= a.norm() / b.norm()
+    angle = lambda x, y: torch.acos((x * y).sum() / (x.norm() * y.norm()))
+    close(ncsn_mnist.slerp(a, b, 0.0), a)
+    close(ncsn_mnist.slerp(a, b, 1.0), b)
+    for w in (0.2, 0.5, 0.9):
+        x = ncsn_mnist.slerp(a, b, w)
+        close(x.norm(), a.norm())
+        close(angle(a, x), w * angle(a, b))
+        close(angle(x, b), (1 - w) * angle(a, b))
+        close(ncsn_mnist.slerp(a, 3 * a, w), (1 + 2 * w) * a)
+        assert torch.isfinite(ncsn_mnist.slerp(a, -a, w)).all()
+
+
+# %% ncsn_mnist.py: checks, training
+def test_ncsn_level_losses(ncsn_mnist):
+    """The linear denoiser's losses are those of the score of N(mean, C + sigma^2 I), the network's those of its score, by other draws."""
+    script, x = ncsn_mnist, ncsn_mnist.x_test[:250]
+    train, flat = script.x_data.flatten(1).double(), x.flatten(1).double()
+    for t, sigma in enumerate(script.levels):
+        precision, losses = torch.linalg.inv(torch.cov(train.T) + sigma**2 * torch.eye(64)), torch.zeros(2, 16).double()
+        for i in range(16):
+            eps = normal(250, 64, seed=1000 * t + i)
+            linear = -(flat + sigma * eps - train.mean(0)) @ precision
+            learned = script.score((flat + sigma * eps).float().view_as(x), sigma).double().flatten(1)
+            losses[:, i] = torch.stack([(sigma * s + eps).square().sum(1).mean() / 2 for s in (linear, learned)])
+        within(losses[0], float(script.linear[t]))
+        spread = losses[1].std() * math.sqrt(1 + 1 / 16)   # the script has one draw
+        assert script.learned[t] == pytest.approx(losses[1].mean().item(), abs=4 * spread.item())
+
+
+def test_ncsn_nearest(ncsn_mnist):
+    """Distances to the nearest training images and their indices are those of a search by brute force; a copy has 0."""
+    x, data = ncsn_mnist.samples[:5], ncsn_mnist.x_data
+    distances = (x[:, None] - data[None]).flatten(2).norm(dim=2).sort(dim=1)
+    values, indices = ncsn_mnist.nearest(x, 3)
+    torch.testing.assert_close(values, distances.values[:, :3], rtol=1e-3, atol=1e-3)
+    assert torch.equal(indices, distances.indices[:, :3])
+    assert ncsn_mnist.nearest(data[7:9])[1].flatten().tolist() == [7, 8]
+    exact = [(y[:, None] - data[None]).flatten(2).norm(dim=2).amin(1).median().item() for y in (ncsn_mnist.samples, ncsn_mnist.x_test[:200])]
+    assert [ncsn_mnist.nn_samples, ncsn_mnist.nn_real] == pytest.approx(exact, rel=1e-2)
+
+
+def test_ncsn_training(ncsn_mnist):
+    """The held-out loss falls from that of one Gaussian, 1; the averaged weights are what model and model.pt hold; the order is each image once."""
+    step, losses = [row[0] for row in ncsn_mnist.history], [row[2] for row in ncsn_mnist.history]
+    assert losses[0] == pytest.approx(1, abs=0.1) and losses[-1] < losses[0] - 0.03 and step[-1] == ncsn_mnist.steps == 12
+    assert losses[-1] == ncsn_mnist.held_out_loss(ncsn_mnist.ema.module) != ncsn_mnist.history[-1][1]
+    saved = torch.load(Path(ncsn_mnist.args.outdir) / "model.pt", weights_only=True)
+    for ours, mean, file in zip(ncsn_mnist.model.state_dict().values(), ncsn_mnist.ema.module.state_dict().values(), saved.values(), strict=True):
+        assert torch.equal(ours, mean) and torch.equal(ours, file)
+    assert ncsn_mnist.order.sort().values.tolist() == list(range(1500))
+    average = torch.zeros(())
+    for n in range(1, 31):
+        average = ncsn_mnist.ema.avg_fn(average, torch.ones(()), torch.tensor(n))
+    assert average > 0.99
+    assert 100 <= 1 / ncsn_mnist.ema.avg_fn(torch.zeros(()), torch.ones(()), torch.tensor(10**6)).item() <= 10000
+
+
+def test_ncsn_looking_does_not_change_the_training(ncsn_mnist):
+    """Evaluation and sampling leave torch's global generator, which training uses, where it was."""
+    state = torch.get_rng_state()
+    ncsn_mnist.held_out_loss(ncsn_mnist.model)
+    ncsn_mnist.generate("pc", ncsn_mnist.pure_noise[:2])
+    ncsn_mnist.level_losses(ncsn_mnist.x_test[:2])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def after_step(n, action):
+    """In this block a run does action(model) after its n-th training step."""
+    plain, steps = torch.optim.swa_utils.AveragedModel.update_parameters, []
+
+    def update_parameters(self, model):
+        plain(self, model)
+        steps.append(model)
+        if len(steps) == n:
+            action(model)
+    return mock.patch.object(torch.optim.swa_utils.AveragedModel, "update_parameters", update_parameters)
+
+
+def same_run(script, other):
+    """Asserts that two runs ended alike to the last bit: weights, samples, record of the losses."""
+    first, second = (torch.load(Path(run.args.outdir) / "model.pt", weights_only=True) for run in (script, other))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert len({(Path(run.args.outdir) / "samples.npy").read_bytes() for run in (script, other)}) == 1
+    assert script.history == other.history
+
+
+@pytest.mark.parametrize("n", [8, 6])   # within the second epoch and at the end of the first
+def test_ncsn_resume_after_ctrl_c(ncsn_mnist, n, tmp_path, capsys):
+    """Ctrl-C ends the training, saves and samples; --resume goes on and ends with the bytes of a run that was never stopped."""
+    handler = signal.getsignal(signal.SIGINT)
+    with after_step(n, lambda model: os.kill(os.getpid(), signal.SIGINT)):
+        script = run("ncsn_mnist", until="Checks", outdir=tmp_path)
+    assert f"Ctrl-C after {n} of 12 steps" in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is handler
+    assert script.step == n and np.load(tmp_path / "samples.npy").shape == OUTPUT["ncsn_mnist"][0]
+    same_run(run("ncsn_mnist", "--resume", "Checks", tmp_path), ncsn_mnist)
+
+
+def test_ncsn_ctrl_c_between_two_checkpoints(tmp_path):
+    """Ctrl-C saves the step it stopped at, also where no checkpoint is due (83 steps: at every second one)."""
+    with after_step(3, lambda model: os.kill(os.getpid(), signal.SIGINT)):
+        run("ncsn_mnist", "--batch 18 --epochs 1", "Sampling", tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_ncsn_kill_in_the_middle_of_a_write(ncsn_mnist, tmp_path):
+    """kill -9 with half of the fifth checkpoint written leaves the fourth, and --resume ends with the bytes of an unbroken run."""
+    plain, calls = torch.save, []
+
+    def save(state, file):
+        plain(state, file)
+        calls.append(file)
+        if len(calls) == 5:
+            os.truncate(file, os.path.getsize(file) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)   # a child that hangs ends too
+        try:
+            with mock.patch("torch.save", save), open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
+                run("ncsn_mnist", until="Checks", outdir=tmp_path)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "unfinished_checkpoint.pt"]
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
+    with pytest.raises(Exception):
+        torch.load(tmp_path / "unfinished_checkpoint.pt", weights_only=True)
+    same_run(run("ncsn_mnist", "--resume", "Checks", tmp_path), ncsn_mnist)
+
+
+def test_ncsn_divergence_is_reported(tmp_path):
+    """A run that diverges stops with a message that names the step, and its checkpoint is the one before."""
+    with after_step(4, lambda model: next(model.parameters()).data.fill_(math.nan)):
+        with pytest.raises(SystemExit, match=r"^diverged at step 5: .*--lr below 0.003"):
+            run("ncsn_mnist", outdir=tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4 and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_ncsn_diverged_sampler_is_reported(ncsn_mnist, tmp_path):
+    """Samples that are not numbers end the run with a message, and no samples.npy."""
+    weights = torch.load(Path(ncsn_mnist.args.outdir) / "model.pt", weights_only=True)
+    key = next(key for key in weights if key.endswith("last_block.2.bias"))
+    torch.save(weights | {key: weights[key] * math.nan}, tmp_path / "nan.pt")
+    with pytest.raises(SystemExit, match="^sampler pc diverged"):
+        run("ncsn_mnist", f"--load {tmp_path}/nan.pt", outdir=tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_ncsn_load(ncsn_mnist, tmp_path):
+    """--load samples without training: the same samples, another sampler's others; nothing else is written."""
+    flags = f"--load {ncsn_mnist.args.outdir}/model.pt"
+    script = run("ncsn_mnist", flags, outdir=tmp_path)
+    close(script.samples, ncsn_mnist.samples, rtol=0, atol=0)
+    assert script.history == [] and os.listdir(tmp_path) == ["samples.npy"]
+    assert (run("ncsn_mnist", flags + " --sampler ddim", "Checks").samples != ncsn_mnist.samples).any()
+
+
+# %% ncsn_mnist.py: files that cannot be used
+def refused(flag, flags, outdir, capsys, until="Sampling"):
+    """Asserts that a run ends in argparse's way, in one line about `flag`, and leaves outdir as it was; returns the line."""
+    contents = lambda: {path.name: path.read_bytes() for path in Path(outdir).glob("*")}
+    before = contents()
+    with pytest.raises(SystemExit) as stop:
+        run("ncsn_mnist", flags, until, outdir)
+    line = capsys.readouterr().err.splitlines()[-1]   # the last one starts with the script's name: the message has no line break
+    assert stop.value.code == 2 and line.startswith(f"ncsn_mnist.py: error: argument --{flag}: ") and contents() == before
+    return line
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ("--lr 0.001", "--lr 0.003"), ("--net unet", "--net resnet"), ("--seed 1", "--seed 0"), ("--T 7", "--T 6"), ("--epochs 3", "--epochs 2"),
+    ("--filters 8", "--filters 4"), ("--sigma_max 5", "--sigma_max 10.0"), ("--batch 100", "--batch 250"), ("--blocks 1", "--blocks 4"), ("--load x", "one of the two")])
+def test_ncsn_resume_with_other_settings(ncsn_mnist, flags, reason, capsys):
+    """--resume goes on with the run's own settings only, and names the one that differs."""
+    assert reason in refused("resume", "--resume " + flags, ncsn_mnist.args.outdir, capsys)
+
+
+def broken(kind, whole, path):
+    """Writes at path what is left of the file `whole`."""
+    if kind == "truncated":
+        path.write_bytes(whole.read_bytes()[:-2000])
+    elif kind == "text":
+        path.write_text("not weights\nat all")
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "empty":
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "list", "empty"])
+def test_ncsn_broken_checkpoint(ncsn_mnist, kind, tmp_path, capsys):
+    """Nothing to resume, nothing to load or half a file: one line with the path, and the file stays for another look."""
+    broken(kind, Path(ncsn_mnist.args.outdir) / "checkpoint.pt", tmp_path / "checkpoint.pt")
+    assert "checkpoint.pt" in refused("resume", "--resume", tmp_path, capsys)
+    broken(kind, Path(ncsn_mnist.args.outdir) / "model.pt", tmp_path / "model.pt")
+    assert "model.pt" in refused("load", f"--load {tmp_path}/model.pt", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("flags", ["--net unet", "--filters 8", "--blocks 5", "--T 7", "--sigma_max 5", "--sigma_min 0.05"])
+def test_ncsn_load_of_another_network(ncsn_mnist, flags, capsys):
+    """Weights of another network, of other levels or a checkpoint are refused in one line."""
+    for name in ("model.pt", "checkpoint.pt"):
+        assert name in refused("load", f"--load {ncsn_mnist.args.outdir}/{name} {flags}", ncsn_mnist.args.outdir, capsys)
+
+
+IDX = {"train-images-idx3-ubyte": 5, "t10k-images-idx3-ubyte": 3}   # MNIST's files and how many images the stand-ins have
+
+
+def idx(n, magic=2051, size=28):
+    """The bytes of an IDX file of n images, and its pixels."""
+    pixels = np.random.default_rng(n).integers(0, 256, (n, size, size), dtype=np.uint8)
+    return np.array([magic, n, size, size], ">i4").tobytes() + pixels.tobytes(), pixels
+
+
+def mnist_folder(folder, end="", **changed):
+    """Writes the stand-ins; changed: other bytes instead of the training file's."""
+    folder.mkdir(parents=True)
+    for name, n in IDX.items():
+        content = changed.get("train", idx(n)[0]) if name.startswith("train") else idx(n)[0]
+        if content is not None:
+            (folder / (name + end)).write_bytes(gzip.compress(content) if end and content[:2] != b"\x1f\x8b" else content)
+
+
+@pytest.mark.parametrize("sub, end", [("", ""), ("", ".gz"), ("MNIST/raw", "")])
+def test_ncsn_idx_files(sub, end, tmp_path):
+    """Images come from raw and compressed IDX files, in torchvision's folder too, scaled to [-1, 1]."""
+    mnist_folder(tmp_path / sub / "", end) if sub else mnist_folder(tmp_path / "x", end)
+    script = run("ncsn_mnist", f"--data mnist --batch 2 --data_dir {tmp_path if sub else tmp_path / 'x'}", "Training", tmp_path / "out")
+    for ours, n in zip((script.x_data, script.x_test), IDX.values()):
+        torch.testing.assert_close(ours, torch.tensor(idx(n)[1] / 255 * 2 - 1).float()[:, None])
+    assert script.data == "mnist" and script.model.input_shape == (1, 28, 28)
+
+
+whole = idx(5)[0]
+WRONG_IDX = {"missing": None, "empty": b"", "short header": whole[:10], "truncated": whole[:-1], "too long": whole + b"\0", "labels": idx(5, 2049)[0],
+             "32x32": idx(5, size=32)[0], "no images": idx(0)[0], "web page": b"<html>\n<title>404</title>" + 4000 * b" "}
+
+
+@pytest.mark.parametrize("kind, end", [*((kind, "") for kind in WRONG_IDX), ("truncated", ".gz"), ("cut gz", ".gz"), ("damaged gz", ".gz"), ("no gz", ".gz")])
+def test_ncsn_broken_idx_files(ncsn_mnist, kind, end, tmp_path, capsys):
+    """A file that is missing, cut, of another shape or no IDX file at all is refused in one line, before an outdir is made."""
+    packed = gzip.compress(whole)
+    content = {"cut gz": packed[:-100], "damaged gz": packed[:50] + b"\xff" * 50 + packed[100:]}.get(kind, WRONG_IDX.get(kind))
+    mnist_folder(tmp_path / "mnist", end, train=content)
+    if kind == "no gz":
+        (tmp_path / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(whole)
+    if not end:
+        with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
+            ncsn_mnist.read_idx(tmp_path / "mnist", "train-images-idx3-ubyte")
+    for data in ("auto", "mnist"):
+        assert str(tmp_path / "mnist") in refused("data_dir", f"--data {data} --data_dir {tmp_path}/mnist", tmp_path / "out", capsys, "Model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ncsn_data_dir(tmp_path, capsys):
+    """A folder that is not there is refused, as is one with --data digits, which would not read it."""
+    assert "nowhere" in refused("data_dir", f"--data auto --data_dir {tmp_path}/nowhere", tmp_path, capsys, "Model")
+    assert "digits" in refused("data_dir", f"--data_dir {tmp_path}", tmp_path, capsys, "Model")
+
+
+@pytest.mark.parametrize("pandas", [None, object()])
+def test_ncsn_openml(ncsn_mnist, pandas):
+    """The 70000 rows of openml.org become 60000 and 10000 images in their order; without pandas scikit-learn reads them by liac-arff."""
+    table = np.zeros((70000, 784), np.uint8)
+    table[[5, 60007], [30, 783]] = 200, 100
+    with (mock.patch.dict(ncsn_mnist.load_mnist.__globals__, fetch_openml=mock.Mock(return_value=SimpleNamespace(data=table))) as names,
+          mock.patch("importlib.util.find_spec", return_value=pandas), mock.patch("socket.setdefaulttimeout")):
+        train, test = ncsn_mnist.load_mnist(None)
+        assert names["fetch_openml"].call_args.kwargs["parser"] == ("auto" if pandas else "liac-arff")
+        assert names["fetch_openml"].call_args.kwargs["as_frame"] is False and names["fetch_openml"].call_args.args == ("mnist_784",)
+    assert train.shape == (60000, 28, 28) and test.shape == (10000, 28, 28) and train.dtype == np.uint8
+    assert train[5, 1, 2] == 200 and test[7, 27, 27] == 100
+
+
+@pytest.mark.parametrize("error", [OSError("no route\nto host"), TimeoutError(), ValueError("md5 of the page")])
+def test_ncsn_without_a_network(error, tmp_path, capsys):
+    """Where MNIST cannot be had, auto says so, says what to do and goes on with the digits; --data mnist ends the run."""
+    with mock.patch("sklearn.datasets.fetch_openml", side_effect=error) as fetch, mock.patch("socket.setdefaulttimeout"):
+        script = run("ncsn_mnist", "--data auto", "Model", tmp_path / "out")
+        loud = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!!!")]
+        refused("data_dir", "--data mnist", tmp_path / "none", capsys, "Model")
+    assert script.data == "digits" and script.x_data.shape == (1500, 1, 8, 8) and fetch.call_count == 2
+    assert len(loud) == 1 and "8x8 digits" in loud[0] and "--data_dir" in loud[0] and not (tmp_path / "none").exists()
+
+
+def test_ncsn_digits(ncsn_mnist):
+    """scikit-learn's digits, each in one of the two parts, scaled to [-1, 1]; held out from all of the file, which is sorted by writer."""
+    images = load_digits().data
+    ours = torch.cat([ncsn_mnist.x_data, ncsn_mnist.x_test]).flatten(1)
+    rows = lambda x: sorted(map(tuple, x.tolist()))
+    assert rows(ours) == rows(torch.tensor(images / 8 - 1).float()) and len(ncsn_mnist.x_test) == 297
+    index = torch.cdist(ncsn_mnist.x_test.flatten(1), torch.tensor(images / 8 - 1).float()).argmin(1)
+    assert index.double().mean().item() == pytest.approx(898, abs=4 * 519 / math.sqrt(297))
