@@ -1976,7 +1976,8 @@ def test_ncsn_generate(ncsn_mnist):
     for state, sigma, sigma_next in zip(path[1:], levels[2:], levels[3:] + [0]):
         D = 0.5 * x / (sigma**2 + 0.5)
         x = D + sigma_next / sigma * (x - D)
-        torch.testing.assert_close(state, x, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(state, x[:len(state)], rtol=1e-4, atol=1e-5)
+    assert [len(path[0]), len(path[-1])] == [250, 300]   # on the way the first piece is enough, or memory would grow with T
 
 
 def test_ncsn_slerp(ncsn_mnist):
