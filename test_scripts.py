@@ -1,4 +1,4 @@
-"""Tests of the scripts: pytest -q test_scripts.py
+"""Tests of the scripts: pytest -q -n 2 test_scripts.py (two minutes on two cores; without -n 2 three)
 
 A script is one flat file without a main(), so it is tested by running it with tiny settings: once as a command, once as a
 notebook cell, once in this process, where the functions it leaves behind are compared with answers found in another way
@@ -1100,7 +1100,7 @@ def test_implicit_identity(implicit_sm, torch_s, s, ds):
 def test_exponential_law_breaks_the_identity(capsys):
     """For Exp(1) and s = -c: explicit (1 - c)^2/2, implicit c^2/2, difference -c; weighted with x: implicit c^2/2 - c. As printed."""
     run("implicit_sm", until="Part 2: training")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("Exp(1)  -")]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("Exp(1)  ")]
     assert len(rows) == 6
     for c, plain, weighted in zip(range(3), rows, rows[3:]):
         assert [float(v) for v in plain[-5:-1]] == pytest.approx([(1 - c) ** 2 / 2, c**2 / 2, 0.5, -c], abs=1e-5)
@@ -1332,14 +1332,14 @@ def sliced_sm():
     return run("sliced_sm")
 
 
-def jacobians(score_fn, x):
+def dense_jacobians(score_fn, x):
     """ds/dx at each point, (B, d, d), by another route than the script's."""
     return torch.func.vmap(torch.func.jacfwd(lambda y: score_fn(y[None])[0]))(x)
 
 
 def implicit(score_fn, x):
     """tr J + |s|^2/2, (B,)."""
-    return jacobians(score_fn, x).diagonal(dim1=1, dim2=2).sum(1) + score_fn(x).square().sum(1) / 2
+    return dense_jacobians(score_fn, x).diagonal(dim1=1, dim2=2).sum(1) + score_fn(x).square().sum(1) / 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -1380,7 +1380,7 @@ def test_losses_with_the_same_directions(sliced_sm, m):
     """SSM-VR is |s|^2/2 plus Hutchinson's estimate of tr J; SSM has (v's)^2/2 in the place of |s|^2/2."""
     x = normal(7, 3)
     v, s = normal(m, 7, 3, seed=3), curved(x)
-    hutchinson = torch.einsum("mbi,bij,mbj->mb", v, jacobians(curved, x), v).mean(0)
+    hutchinson = torch.einsum("mbi,bij,mbj->mb", v, dense_jacobians(curved, x), v).mean(0)
     close(sliced_sm.ssm_vr(curved, x, v).detach(), hutchinson + s.square().sum(1) / 2)
     close(sliced_sm.sliced_score_matching_loss(curved, x, v).detach(), hutchinson + (v * s).sum(-1).square().mean(0) / 2)
 
@@ -1446,7 +1446,7 @@ def test_dsm_value(sliced_sm, kind):
     within((seen[0][:40000] - x) ** 2, torch.tensor(sigma**2).double())
 
 
-def test_losses_leave_the_data_alone(sliced_sm):
+def test_sliced_losses_leave_the_data_alone(sliced_sm):
     """They work under no_grad, where 003's fail, and do not mark the caller's x."""
     x = normal(5, 3)
     with torch.no_grad():
@@ -1638,32 +1638,32 @@ def test_2_3_posterior():
     assert (mean(x0) - mean(guess)) ** 2 * precision / 2 == pytest.approx(snr / 2 * (x0 - guess) ** 2)
 
 
-POINTS = torch.tensor([[-1.0], [0.2], [1.5]], dtype=torch.float64)   # three data points in 1-D, equally likely
-GRID = torch.linspace(-9, 9, 36001, dtype=torch.float64)[:, None]
-three = lambda sigma: MixtureSameFamily(Categorical(torch.ones(3).double()), MultivariateNormal(POINTS, sigma**2 * torch.eye(1).double()))
+THREE_POINTS = torch.tensor([[-1.0], [0.2], [1.5]], dtype=torch.float64)   # three data points in 1-D, equally likely
+LINE = torch.linspace(-9, 9, 36001, dtype=torch.float64)[:, None]
+of_three = lambda sigma: MixtureSameFamily(Categorical(torch.ones(3).double()), MultivariateNormal(THREE_POINTS, sigma**2 * torch.eye(1).double()))
 
 
 def three_score(x, sigma):
     x = x.detach().clone().requires_grad_()
-    return torch.autograd.grad(three(sigma).log_prob(x).sum(), x)[0]
+    return torch.autograd.grad(of_three(sigma).log_prob(x).sum(), x)[0]
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0])
 def test_4_1_to_4_3_denoising(sigma):
     """Three data points, by quadrature: loss = excess + floor, Tweedie's mean and covariance, floor = mmse/(2 sigma^4) in its three forms."""
-    q, s, dx = three(sigma).log_prob(GRID).exp(), three_score(GRID, sigma), 18 / 36000
-    kernel = (-(GRID - POINTS.T).square() / (2 * sigma**2)).exp() / math.sqrt(2 * math.pi * sigma**2) / 3   # (N, 3) joint density
+    q, s, dx = of_three(sigma).log_prob(LINE).exp(), three_score(LINE, sigma), 18 / 36000
+    kernel = (-(LINE - THREE_POINTS.T).square() / (2 * sigma**2)).exp() / math.sqrt(2 * math.pi * sigma**2) / 3   # (N, 3) joint density
     posterior = kernel / kernel.sum(1, keepdim=True)
-    mean = posterior @ POINTS
-    variance = posterior @ POINTS**2 - mean**2
-    close(mean, GRID + sigma**2 * s, rtol=1e-8, atol=1e-8)
-    slope = (three_score(GRID + 1e-5, sigma) - three_score(GRID - 1e-5, sigma)) / 2e-5
+    mean = posterior @ THREE_POINTS
+    variance = posterior @ THREE_POINTS**2 - mean**2
+    close(mean, LINE + sigma**2 * s, rtol=1e-8, atol=1e-8)
+    slope = (three_score(LINE + 1e-5, sigma) - three_score(LINE - 1e-5, sigma)) / 2e-5
     close(variance, sigma**2 + sigma**4 * slope, rtol=1e-5, atol=1e-7)
     E = lambda f: (q[:, None] * f).sum().item() * dx
     floor = E(variance) / (2 * sigma**4)
     assert floor == pytest.approx((1 / sigma**2 - E(s**2)) / 2, abs=1e-8) == pytest.approx(E(1 / sigma**2 + slope) / 2, abs=1e-6)
-    field = torch.sin(2 * GRID) - GRID
-    loss = 0.5 * (kernel * (field - (POINTS.T - GRID) / sigma**2).square()).sum().item() * dx
+    field = torch.sin(2 * LINE) - LINE
+    loss = 0.5 * (kernel * (field - (THREE_POINTS.T - LINE) / sigma**2).square()).sum().item() * dx
     assert loss == pytest.approx(0.5 * E((field - s) ** 2) + floor, abs=1e-8)
 
 
