@@ -71,6 +71,8 @@ for flag, default, low, high, meaning in NUMBERS:
         parser.error(f"argument --{flag}: {value:g} is outside [{low:g}, {high:g}]")
 if args.load and args.resume:
     parser.error("argument --resume: a run with --load does not train; give one of the two")
+if args.resume and not os.path.isfile(os.path.join(args.outdir, "checkpoint.pt")):
+    parser.error(f"argument --resume: there is no checkpoint.pt in {args.outdir!r}")
 if args.data == "digits" and args.data_dir:
     parser.error("argument --data_dir: --data digits reads no files")
 available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
