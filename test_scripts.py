@@ -339,7 +339,7 @@ def test_schedule(dsm_2d, name):
     assert steps == pytest.approx(np.full(29, steps.mean()), rel=1e-2)   # float32 cancels in sigma - sigma_min
 
 
-def test_level_range(dsm_2d):
+def test_8_1_level_range(dsm_2d):
     """Limits come from the pairwise distances, and duplicated points do not make the smallest level 0."""
     x = dsm_2d.x_data[:100].repeat(3, 1)
     distances = pdist(x.double())
@@ -367,7 +367,7 @@ def test_embedding_separates_levels(dsm_2d):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_model_is_preconditioned(dsm_2d, trained):
+def test_7_1_model_is_preconditioned(dsm_2d, trained):
     """score = (D - x)/sigma^2 with D of Karras et al. 2022, table 1; an untrained network is the score of one Gaussian."""
     mean, sigma_data = torch.tensor([3.0, -1.0]), 1.7
     model = dsm_2d.ScoreMLP(16, mean=mean, sigma_data=sigma_data).double()
@@ -390,7 +390,7 @@ POWER = {"none": 0, "sigma": 1, "sigma2": 2, "inv_sigma2": -2}   # 003: lambda(s
 
 @pytest.mark.parametrize("w_mode", POWER)
 @pytest.mark.parametrize("exact", [False, True], ids=["linear", "exact"])
-def test_loss_value(dsm_2d, w_mode, exact):
+def test_4_4_loss_value(dsm_2d, w_mode, exact):
     """On Gaussian data the loss of s = -A x is its closed form, and the loss of the exact score is the floor."""
     sigmas, A, variances = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([[0.9, 0.2], [-0.3, 0.4]]), torch.tensor([1.5, 0.3])
     x = torch.randn(500, 4000, 2)
@@ -412,7 +412,7 @@ def test_loss_gradient_sign(dsm_2d, a, sign):
     assert sign * a.grad > 0
 
 
-def test_loss_uses_opposite_noise(dsm_2d):
+def test_4_5_loss_uses_opposite_noise(dsm_2d):
     """Each x comes with +eps and -eps at one level, which removes the 1/sigma part of the gradient; all levels come."""
     x, sigmas, seen = torch.randn(3000, 2), torch.tensor([1.0, 0.1, 0.01]), []
     dsm_2d.dsm_loss_multi_sigma(lambda *inputs: seen.extend(inputs) or torch.zeros(6000, 2), x, sigmas)
@@ -432,7 +432,7 @@ def test_loss_refuses_unknown_weight(dsm_2d):
         dsm_2d.dsm_loss_multi_sigma(lambda x, log_sigma: x, torch.zeros(4, 2), torch.ones(1), "sigma3")
 
 
-def test_floor(dsm_2d):
+def test_4_3_floor(dsm_2d):
     """The printed floor is lambda/2 (d/sigma^2 - E||s*||^2) averaged over the levels, a form that needs no Laplacian."""
     T, value, variance = len(dsm_2d.levels), 0, 0
     for sigma, laplacian in zip(dsm_2d.levels, dsm_2d.check_laplacian.double().view(2 * T - 1, -1)[::2], strict=True):
@@ -510,7 +510,7 @@ def sampler(script, name):
 
 @pytest.mark.parametrize("v", [0, 0.3, 2])
 @pytest.mark.parametrize("name", ["ald", *RHO])
-def test_sampler_variances(dsm_2d, name, v):
+def test_7_3_sampler_variances(dsm_2d, name, v):
     """Every state has the variance that theory.md 7 and 8 predict; for v = 0, a point, the end is the point itself."""
     sigmas, u, expected = [3.0, 2.0, 1.0, 0.6, 0.2], 16.0, []
     kappa, K = dsm_2d.args.kappa, dsm_2d.args.K if name == "ald" else 1
@@ -535,7 +535,7 @@ def test_sampler_variances(dsm_2d, name, v):
 
 
 @pytest.mark.parametrize("kappa, K", [(0.05, 200), (0.4, 20), (1.5, 20)])
-def test_langevin_stationary_variance(dsm_2d, kappa, K):
+def test_8_4_langevin_stationary_variance(dsm_2d, kappa, K):
     """At one level Langevin dynamics forgets its start and settles at V/(1 - h/2V), V = sigma^2 + v, h = kappa sigma^2."""
     state, _ = dsm_2d.annealed_langevin_dynamics(gaussian(0.5), 10 + normal(20000, 1), [1.0], generator(1), K=K, kappa=kappa)
     assert state.square().mean().item() == pytest.approx(1.5 / (1 - kappa / 3), rel=0.04)
@@ -551,7 +551,7 @@ def test_langevin_refuses_unstable_step(dsm_2d, kappa):
 
 
 @pytest.mark.parametrize("name, ratio", [("ddim", 2), ("heun", 4)])
-def test_order_of_ode_samplers(dsm_2d, name, ratio):
+def test_7_2_order_of_ode_samplers(dsm_2d, name, ratio):
     """With twice the steps DDIM's distance to the probability-flow solution halves, Heun's falls to a quarter."""
     x, errors = normal(50, 2), []
     for T in (41, 81):
@@ -561,7 +561,7 @@ def test_order_of_ode_samplers(dsm_2d, name, ratio):
     assert errors[0] < 0.1 and errors[0] / errors[1] == pytest.approx(ratio, rel=0.12)
 
 
-def test_steps_of_deterministic_samplers(dsm_2d):
+def test_7_2_steps_of_deterministic_samplers(dsm_2d):
     """A DDIM step is Euler's for dx/dsigma = -sigma s, a Heun step the trapezoid over it; both end in x + sigma^2 s."""
     x, (a, b) = normal(30, 2), (2.0, 1.2)
     euler = x + (b - a) * -a * mixed(x, a)
@@ -594,7 +594,7 @@ def test_table_of_samplers(dsm_2d):
 
 
 @pytest.mark.parametrize("name", ["ald", "heun"])
-def test_start_from_data_adds_the_noise_of_its_level(dsm_2d, name):
+def test_7_6_start_from_data_adds_the_noise_of_its_level(dsm_2d, name):
     """sample_with_initialization first noises x to the level at which it starts (003 hands over the clean x)."""
     x_init, levels, seen = normal(500, 2), dsm_2d.SAMPLERS[name][1], []
     dsm_2d.sample_with_initialization(name, lambda x, sigma: seen.append((x, sigma)) or -x, x_init, 1, generator(3))
@@ -631,7 +631,7 @@ ALPHA_SIGMA = [(0.8, 0.6), (0.6, 0.8), (0.9, 1.7)]   # the last is not variance 
 
 @pytest.mark.parametrize("alpha, sigma", ALPHA_SIGMA)
 @pytest.mark.parametrize("source, target", list(permutations(["score", "eps", "x0", "v"], 2)))
-def test_convert(dsm_2d, source, target, alpha, sigma):
+def test_7_5_convert(dsm_2d, source, target, alpha, sigma):
     """Each quantity becomes each other one as defined from x = alpha x0 + sigma eps, and back again."""
     x0, eps = normal(6, 2), normal(6, 2, seed=1)
     x = alpha * x0 + sigma * eps
@@ -653,7 +653,7 @@ def test_vp_schedule(dsm_2d):
 
 @pytest.mark.parametrize("first", [100, 500, 950])
 @pytest.mark.parametrize("ddim", [False, True])
-def test_vp_sampler(dsm_2d, first, ddim):
+def test_7_5_vp_sampler(dsm_2d, first, ddim):
     """50 steps of the sampler are those of the DDPM and DDIM papers, and x / alpha those of the VE sampler."""
     alphas, sigmas = (values[first:first + 51] for values in dsm_2d.vp_schedule(0.0, math.inf))
     beta = np.linspace(1e-4, 0.02, 1000)
@@ -689,7 +689,7 @@ def test_sw2_along_one_direction(dsm_2d):
         assert difference[i].square().mean().item() == pytest.approx(cost[rows, columns].mean(), rel=1e-4)
 
 
-def test_sw2_of_a_shift(dsm_2d):
+def test_7_7_sw2_of_a_shift(dsm_2d):
     """A set is at distance 0 from itself and at |c|/sqrt(2) from itself shifted by c, in whatever direction; pairs are averaged."""
     project = lambda x: dsm_2d.projections(x.float())
     x, c, d = normal(500, 2), torch.tensor([0.3, -0.4]), torch.tensor([0.0, 2.0])
@@ -995,7 +995,7 @@ def test_panels_split_at_kinks(implicit_sm):
 
 # %% implicit_sm.py: losses
 @pytest.mark.parametrize("d", [1, 2, 5])
-def test_exact_trace(implicit_sm, d):
+def test_3_4_exact_trace(implicit_sm, d):
     """The loss is |s|^2/2 + tr ds/dx, with the trace from jacrev and from the loop over points, also under no_grad."""
     x = normal(7, d)
     by_jacrev = torch.vmap(torch.func.jacrev(lambda y: swirl(y[None])[0]))(x)
@@ -1008,7 +1008,7 @@ def test_exact_trace(implicit_sm, d):
 
 
 @pytest.mark.parametrize("d, n_hutchinson", [(1, 1), (2, 1), (2, 3), (4, 1)])
-def test_hutchinson(implicit_sm, d, n_hutchinson):
+def test_3_4_hutchinson(implicit_sm, d, n_hutchinson):
     """Its mean is the exact loss; its variance 2(|A|^2 - sum a_ii^2)/m with A = sym ds/dx, so in 1-D there is none."""
     x = normal(1, d)
     draws = torch.stack([implicit_sm.compute_score_matching_loss_hutchinson(swirl, x, n_hutchinson) for _ in range(500)])
@@ -1080,7 +1080,7 @@ def expectation(f):
     return np.trapezoid(p * f(GRID, slope), GRID)
 
 
-def test_identities_of_the_run(implicit_sm):
+def test_3_2_identities_of_the_run(implicit_sm):
     """Every identity of part 1 and both bridges hold to 1e-8 and there are as many as printed: 6 + 3 weighted + 2."""
     assert len(implicit_sm.gaps) == 11 and max(map(abs, implicit_sm.gaps)) < 1e-8
 
@@ -1088,7 +1088,7 @@ def test_identities_of_the_run(implicit_sm):
 @pytest.mark.parametrize("torch_s, s, ds", [(torch.tanh, np.tanh, lambda x: 1 / np.cosh(x) ** 2), (lambda x: x**3, lambda x: x**3, lambda x: 3 * x**2),
                                             (lambda x: (x - 0.3).abs(), lambda x: abs(x - 0.3), lambda x: np.sign((x - 0.3).round(9)))],
                          ids=["tanh", "cube", "kink"])
-def test_implicit_identity(implicit_sm, torch_s, s, ds):
+def test_3_1_implicit_identity(implicit_sm, torch_s, s, ds):
     """explicit = implicit + I/2 with all three by another quadrature; the script's loss on its nodes is the same number (with the 1/2)."""
     explicit, half_fisher = expectation(lambda x, score: 0.5 * (s(x) - score) ** 2), expectation(lambda x, score: 0.5 * score**2)
     x, P = implicit_sm.nodes(implicit_sm.law1, 0.3)
@@ -1097,7 +1097,7 @@ def test_implicit_identity(implicit_sm, torch_s, s, ds):
     assert explicit == pytest.approx(implicit + half_fisher, abs=1e-8)
 
 
-def test_exponential_law_breaks_the_identity(capsys):
+def test_3_5_exponential_law_breaks_the_identity(capsys):
     """For Exp(1) and s = -c: explicit (1 - c)^2/2, implicit c^2/2, difference -c; weighted with x: implicit c^2/2 - c. As printed."""
     run("implicit_sm", until="Part 2: training")
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("Exp(1)  ")]
@@ -1108,7 +1108,7 @@ def test_exponential_law_breaks_the_identity(capsys):
 
 
 @pytest.mark.parametrize("name, biased", [("relu", True), ("softplus", False), ("silu", False), ("tanh", False)])
-def test_gradient_of_the_trace(implicit_sm, name, biased):
+def test_3_6_gradient_of_the_trace(implicit_sm, name, biased):
     """d/dtheta of the implicit loss of act(x - theta), x ~ N(0, 1): by autograd it is right for smooth units; with relu it
     misses -p(theta) = -0.381 of the true -0.648."""
     act = getattr(torch.nn.functional, name)
@@ -1160,7 +1160,7 @@ def test_implicit_training_learns(trained):
     assert trained.err_hutchinson < 0.25 and trained.err_1d < 0.4 and trained.err_relu > 0.7
 
 
-def test_few_points_over_fit(trained):
+def test_3_7_few_points_over_fit(trained):
     """On few points the implicit loss falls below the least value of the law and rises on fresh points; denoising stays sound."""
     step, on_points, on_fresh = trained.few_history[-1]
     assert step > 110 and on_points < -2.55 < -2 < on_fresh and trained.err_few > trained.err_dsm
@@ -1204,7 +1204,7 @@ TABLE = [   # theory.md 9: point, |score|, eigenvalues, kind
 
 @pytest.mark.parametrize("x1, size, eigenvalues, kind", TABLE)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 2e-7), (torch.float32, 1e-5)])
-def test_geometry_table(implicit_sm, x1, size, eigenvalues, kind, dtype, tolerance):
+def test_9_2_geometry_table(implicit_sm, x1, size, eigenvalues, kind, dtype, tolerance):
     """The two-mode example in exact numbers, one point at a time as in 003."""
     g = implicit_sm.analyze_score_geometry(implicit_sm.exact_score, torch.tensor([x1, 0.0], dtype=dtype))
     m2_sech2 = 4 / math.cosh(2 * x1) ** 2   # s = -x + m tanh(m x), its Jacobian -I + m m^T sech^2(m x)
@@ -1219,7 +1219,7 @@ def test_geometry_table(implicit_sm, x1, size, eigenvalues, kind, dtype, toleran
 @pytest.mark.parametrize("field, kind", [(lambda x: -x, "peak"), (lambda x: x, "valley"), (lambda x: x * torch.tensor([1.0, -1]), "saddle"),
                                          (lambda x: -x * torch.tensor([1.0, 0]), "degenerate"), (lambda x: 1 - x, "not critical"),
                                          (lambda x: x @ torch.tensor([[-1.0, 5], [-5, -1]]), "peak")])
-def test_kinds(implicit_sm, field, kind):
+def test_9_1_kinds(implicit_sm, field, kind):
     """Linear fields at 0; the last one spirals inwards: no symmetric Jacobian, eigenvalues -1 +- 5i."""
     assert implicit_sm.analyze_score_geometry(field, torch.zeros(2))["kind"] == kind
 
@@ -1252,13 +1252,13 @@ def test_critical_points(implicit_sm):
     assert implicit_sm.find_critical_points(lambda x: 1 + x**2, implicit_sm.starts).shape == (0, 2)
 
 
-def test_level_set(implicit_sm):
+def test_9_3_level_set(implicit_sm):
     """The curve of the script lies on one level of log p and passes through (0, 1)."""
     level = mixture(*implicit_sm.law2).log_prob(torch.cat([implicit_sm.level, torch.tensor([[0.0, 1.0]]).double()]))
     close(level, level[-1:].expand(len(level)))
 
 
-def test_moments_of_the_score(implicit_sm):
+def test_9_3_moments_of_the_score(implicit_sm):
     """E s = 0, E s x^T = -I and I = diag(1 - 4 E sech^2 2x1, 1), over draws of torch.distributions and by quadrature."""
     law = mixture(*implicit_sm.law2)
     x, (nodes, P) = law.sample((40000,)), implicit_sm.nodes(implicit_sm.law2)
@@ -1289,7 +1289,7 @@ def test_kernel(implicit_sm, name):
 
 
 @pytest.mark.parametrize("name", SCIPY)
-def test_kernel_quadrature(implicit_sm, name):
+def test_10_1_kernel_quadrature(implicit_sm, name):
     """q, d log q and E[d log k | x] at a few points by another quadrature; the two agree except for uniform noise."""
     scale, _, log_k, bounded, _ = implicit_sm.KERNELS[name]
     a, x, noise = scale * 0.5, torch.tensor([-2.0, -0.4, 0.3, 1.7]).double(), SCIPY[name]
@@ -1304,7 +1304,7 @@ def test_kernel_quadrature(implicit_sm, name):
 FISHER = {"Gaussian": 1, "logistic": math.pi**2 / 9, "Student-t 5": 1.25, "Laplace": 2, "uniform": 0}
 
 
-def test_fisher_information_of_kernels(implicit_sm):
+def test_10_2_fisher_information_of_kernels(implicit_sm):
     """I(k) sigma^2 as known; triangular noise has none: from one cut-off to the next it grows by 2 ln 10^4 / a^2."""
     for name, (scale, _, log_k, bounded, _) in implicit_sm.KERNELS.items():
         *_, (near, edge) = implicit_sm.kernel_scores(log_k, scale * 0.5, bounded, torch.zeros(1).double())
@@ -1344,7 +1344,7 @@ def implicit(score_fn, x):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [1, 4])
-def test_slices_have_their_second_moment(sliced_sm, kind, m):
+def test_5_2_slices_have_their_second_moment(sliced_sm, kind, m):
     """E[v v'] = c I, the lengths are those of the law, and every point has its own directions."""
     v, c = sliced_sm.slices(torch.zeros(20000, 3, dtype=torch.float64), kind, m)
     assert v.shape == (m, 20000, 3) and c == {"rademacher": 1, "gaussian": 1, "sphere": 1 / 3}[kind]
@@ -1358,7 +1358,7 @@ def test_slices_have_their_second_moment(sliced_sm, kind, m):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["sliced_score_matching_loss", "ssm_vr", "fd_ssm"])
-def test_loss_is_unbiased(sliced_sm, name, kind):
+def test_5_1_loss_is_unbiased(sliced_sm, name, kind):
     """With all three laws of directions the mean over them is tr J + |s|^2/2 itself, the unit sphere's too."""
     x = normal(1, 3).expand(40000, 3)
     loss = partial(sliced_sm.fd_ssm, h=1e-3) if name == "fd_ssm" else getattr(sliced_sm, name)
@@ -1385,7 +1385,7 @@ def test_losses_with_the_same_directions(sliced_sm, m):
     close(sliced_sm.sliced_score_matching_loss(curved, x, v).detach(), hutchinson + (v * s).sum(-1).square().mean(0) / 2)
 
 
-def test_finite_differences_tend_to_ssm(sliced_sm):
+def test_5_6_finite_differences_tend_to_ssm(sliced_sm):
     """fd_ssm - ssm = h^2 (g'''/6 + g g''/2) + O(h^4) with g(t) = v's(x + t v): half the h, a quarter of the error."""
     x, v = normal(9, 3), normal(1, 9, 3, seed=4)
     gap = lambda h: (sliced_sm.fd_ssm(curved, x, v, h=h) - sliced_sm.sliced_score_matching_loss(curved, x, v)).detach()
@@ -1415,7 +1415,7 @@ def test_gradient_sign_and_shape(sliced_sm, name, kind):
 
 
 @pytest.mark.parametrize("d", [2, 10])
-def test_unit_slices_need_their_factor(sliced_sm, d):
+def test_5_3_unit_slices_need_their_factor(sliced_sm, d):
     """The best s = -a x on N(0, I) has a = 1; unit slices with c forgotten have a = 1/d in ssm_vr, but not in ssm."""
     x = normal(4000, d, seed=9)
     x = x * (d / x.square().sum(1, keepdim=True)).sqrt()   # E|x|^2 = d without noise
@@ -1479,7 +1479,7 @@ def test_memory_is_bounded(sliced_sm, name, kind, m):
 
 # %% sliced_sm.py: variances
 @pytest.mark.parametrize("kind", KINDS)
-def test_slicing_variance(sliced_sm, kind):
+def test_5_4_slicing_variance(sliced_sm, kind):
     """Var of v'Av/c over v, against draws; Rademacher slices see no diagonal matrix, the sphere no multiple of I."""
     A = normal(3, 3, seed=5)
     v, c = sliced_sm.slices(torch.zeros(200000, 3, dtype=torch.float64), kind)
@@ -1492,7 +1492,7 @@ def test_slicing_variance(sliced_sm, kind):
 
 @pytest.mark.parametrize("name", ["ssm_vr", "ssm"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_law_of_total_variance(sliced_sm, name, kind):
+def test_5_5_law_of_total_variance(sliced_sm, name, kind):
     """At one point of N(0, I) with s = Cx the variance is Var(l) + E Var_v/m; 003's Var(l)/m is off by more than 5 times at m = 30."""
     x, C = normal(40000, 3, seed=6), normal(3, 3, seed=7)
     score_fn, loss = lambda x: x @ C.T, sliced_sm.LOSSES[name][0]
@@ -1504,7 +1504,7 @@ def test_law_of_total_variance(sliced_sm, name, kind):
     assert measured > 5 * whole / 30
 
 
-def test_variance_reduction_at_the_optimum(sliced_sm):
+def test_5_4_variance_reduction_at_the_optimum(sliced_sm):
     """On N(0, I_d) with s = -x Gaussian slices add d(d - 2)/2 more to SSM than to SSM-VR: in d = 1 it is less."""
     for d in (1, 2, 5):
         x, J = normal(200000, d), -torch.eye(d).double()
