@@ -310,7 +310,7 @@ STEPS, ETAS = (10, 100, 1000), [share * limit for share in (1 / 80, 1 / 8, 5 / 8
 right_end = shares(noisy_data(args.sigma, 400))[1]
 x0 = (2 * torch.rand(args.n_samples, 2, generator=seeded(20)) - 1).to(device)
 grid, walks = {}, {}
-print(f"\nLangevin dynamics from U[-1, 1]; at each number of steps: SW2/floor to q_sigma (one set: +-30 %), share in the upper moon (right: 0.5),")
+print("\nLangevin dynamics from U[-1, 1]; at each number of steps: SW2/floor to q_sigma (one set: +-30 %), share in the upper moon (right: 0.5),")
 print(f"share with x_1 > 1.1 (right: {right_end:.2f}). Too few steps: not mixed; too large an eta: too wide; from the limit eta = {limit:.3g} on: divergence.")
 for eta in ETAS:
     path = torch.stack([x0, *langevin(model.score_model, x0, max(STEPS), eta, seeded(21))]).cpu()   # (steps + 1, n_samples, 2)
