@@ -18,7 +18,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -66,6 +65,7 @@ for flag, default, low, high, meaning in NUMBERS:
     parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
                         help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
+sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
     if value is not None and not low <= value <= high:   # refuses nan as well
@@ -92,6 +92,10 @@ else:
                   "swiss_roll": (np.stack([t * np.cos(t), t * np.sin(t)], axis=1) / 7, 0.03)}[args.data]   # exercise 4.2
     centres, covs = torch.tensor(curve), (tau**2 * torch.eye(2, dtype=torch.float64)).expand(600, 2, 2)
 variances, axes = torch.linalg.eigh(covs)
+
+def seeded(offset):
+    """A generator of its own for evaluation and sampling, so that looking at the model does not change its training."""
+    return torch.Generator().manual_seed(10**6 * args.seed + offset)
 
 def sample_data(n, generator):
     """n i.i.d. points (n, 2): a random centre plus its noise. 000's sample_gmm2 and sample_two_moons in one.
@@ -120,7 +124,7 @@ def exact_density(x, sigma):
     return [torch.cat(piece).to(x.dtype).to(x.device) for piece in zip(*pieces)]
 
 exact_score = lambda x, sigma: exact_density(x, sigma)[1]   # (B, 2)
-x_data = sample_data(args.n, torch.Generator().manual_seed(args.seed))   # (n, 2)
+x_data = sample_data(args.n, seeded(0))   # (n, 2)
 
 # %% Noise levels, always descending: 003's schedules ascend, its samplers need them descending
 def level_range(x, adaptive=False):
@@ -153,7 +157,7 @@ if not 1.01 * sigma_min <= sigma_max:
 if not sigma_min <= viz_sigma <= sigma_max:
     parser.error(f"argument --viz_sigma: {viz_sigma:g} is outside the trained range [{sigma_min:g}, {sigma_max:g}]")
 try:
-    os.makedirs(args.outdir, exist_ok=True)
+    Path(args.outdir).mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.outdir).close()   # better to learn it now than after the training
 except OSError as error:
     parser.error(f"argument --outdir: cannot write to {args.outdir!r} ({error.strerror})")
@@ -226,15 +230,16 @@ def dsm_loss_multi_sigma(model, x, sigmas, w_mode="sigma2"):
     return (sigma ** WEIGHT_POWER[w_mode] * loss).mean()
 
 # %% Training
-def seeded(offset):
-    """A generator of its own for evaluation and sampling, so that looking at the model does not change its training."""
-    return torch.Generator().manual_seed(args.seed + offset)
-
 def save(name, write):
     """Write outdir/name under a temporary name first: what stands there is always whole."""
-    temporary = os.path.join(args.outdir, "unfinished_" + name)
-    write(temporary)
-    os.replace(temporary, os.path.join(args.outdir, name))
+    temporary = Path(args.outdir, "unfinished_" + name)
+    try:
+        write(temporary)
+        temporary.replace(Path(args.outdir, name))
+    except (OSError, RuntimeError) as error:   # a full disk; torch.save has its own kind of it
+        sys.exit(f"cannot write {name} to {args.outdir!r} ({str(error).splitlines()[0]})")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 # Noisy points with their exact scores, at the levels (check_levels[::2]) and at their geometric means (check_levels[1::2]).
 check_levels = torch.stack([sigmas, (sigmas * sigmas.roll(-1)).sqrt()], dim=1).flatten()[:-1]   # (2T - 1,)
@@ -526,10 +531,10 @@ summary = dict(data=args.data, seed=args.seed, steps=args.steps, w_mode=args.w_m
                sampler=args.sampler, calls=calls, score_err=round(float(score_err), 4), SW2=round(sw2, 4), floor=round(sw2_floor, 4),
                train_s=round(train_s, 1))
 record = {"settings": vars(args) | {"viz_sigma": viz_sigma, "eta": eta}, "levels": levels, "figures": summary}
-save("summary.json", lambda file: Path(file).write_text(json.dumps(record, indent=1)))
+save("summary.json", lambda file: file.write_text(json.dumps(record, indent=1)))
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "scikit-learn==1.9.1", "matplotlib==3.11.2", "tqdm==4.70.1"]
 # ///

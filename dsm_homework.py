@@ -17,7 +17,6 @@ A good run takes 38 s and ends like this (2 CPU cores, Python 3.11, torch 2.13.0
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -52,6 +51,7 @@ for flag, default, low, high, meaning in NUMBERS:
     parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
                         help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
+sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
     if value is not None and not low <= value <= high:   # refuses nan as well
@@ -67,7 +67,7 @@ if args.device != "auto" and not available[args.device]:
     parser.error(f"argument --device: no {args.device} on this machine")
 device = torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
 try:
-    os.makedirs(args.outdir, exist_ok=True)
+    Path(args.outdir).mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.outdir).close()   # better to learn it now than after the training
 except OSError as error:
     parser.error(f"argument --outdir: cannot write to {args.outdir!r} ({error.strerror})")
@@ -199,13 +199,18 @@ class DenoisingScoreMatcher(nn.Module):
 # %% Training
 def seeded(offset):
     """A generator of its own for evaluation and sampling, so that looking at the model does not change its training."""
-    return torch.Generator().manual_seed(args.seed + offset)
+    return torch.Generator().manual_seed(10**6 * args.seed + offset)
 
 def save(name, write):
     """Write outdir/name under a temporary name first: what stands there is always whole."""
-    temporary = os.path.join(args.outdir, "unfinished_" + name)
-    write(temporary)
-    os.replace(temporary, os.path.join(args.outdir, name))
+    temporary = Path(args.outdir, "unfinished_" + name)
+    try:
+        write(temporary)
+        temporary.replace(Path(args.outdir, name))
+    except (OSError, RuntimeError) as error:   # a full disk; torch.save has its own kind of it
+        sys.exit(f"cannot write {name} to {args.outdir!r} ({str(error).splitlines()[0]})")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def check_points(sigma, n=5000):
     """n points of q_sigma (n, 2) with their exact scores (n, 2) and the floor of the loss there."""
@@ -465,10 +470,10 @@ save("trajectories.png", fig.savefig)
 summary = dict(seed=args.seed, sigma=args.sigma, epochs=args.epochs, num_steps=args.num_steps, eta=args.eta, score_err=round(score_err, 4),
                SW2=round(sw2, 4), floor=round(sw2_floor, 4), SW2_tweedie=round(sw2_tweedie, 4), clean_floor=round(clean_floor, 4),
                bias_se=round(bias_se, 2), mala_gap=round(float(mala_gap), 4), train_s=round(train_s, 1))
-save("summary.json", lambda file: Path(file).write_text(json.dumps({"settings": vars(args), "figures": summary}, indent=1)))
+save("summary.json", lambda file: file.write_text(json.dumps({"settings": vars(args), "figures": summary}, indent=1)))
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "scikit-learn==1.9.1", "matplotlib==3.11.2", "tqdm==4.70.1"]
 # ///

@@ -16,7 +16,6 @@ A good run takes 47 s and ends like this (2 CPU cores, Python 3.11, torch 2.13.0
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -55,6 +54,7 @@ for flag, default, low, high, meaning in NUMBERS:
     parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
                         help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
+sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
     if value is not None and not low <= value <= high:   # refuses nan as well
@@ -67,7 +67,7 @@ if args.device != "auto" and not available[args.device]:
     parser.error(f"argument --device: no {args.device} on this machine")
 device = torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
 try:
-    os.makedirs(args.outdir, exist_ok=True)
+    Path(args.outdir).mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.outdir).close()   # better to learn it now than after the training
 except OSError as error:
     parser.error(f"argument --outdir: cannot write to {args.outdir!r} ({error.strerror})")
@@ -119,7 +119,7 @@ def nodes(law, *kinks):
 
 def seeded(offset):
     """A generator of its own for evaluation and sampling, so that looking at the model does not change its training."""
-    return torch.Generator().manual_seed(args.seed + offset)
+    return torch.Generator().manual_seed(10**6 * args.seed + offset)
 
 exact_score = lambda x: gmm_score(x, *law2)   # (B, 2)
 x1_data, x_data = sample_gmm(args.n, law1, seeded(0)), sample_gmm(args.n, law2, seeded(1))   # (n, 1), (n, 2)
@@ -256,9 +256,14 @@ for name, s in (("learned", dsm_model), ("sin 3x", lambda x: (3 * x).sin())):
 
 def save(name, write):
     """Write outdir/name under a temporary name first: what stands there is always whole."""
-    temporary = os.path.join(args.outdir, "unfinished_" + name)
-    write(temporary)
-    os.replace(temporary, os.path.join(args.outdir, name))
+    temporary = Path(args.outdir, "unfinished_" + name)
+    try:
+        write(temporary)
+        temporary.replace(Path(args.outdir, name))
+    except (OSError, RuntimeError) as error:   # a full disk; torch.save has its own kind of it
+        sys.exit(f"cannot write {name} to {args.outdir!r} ({str(error).splitlines()[0]})")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 score = lambda x: model(x.double()).to(x.dtype)   # learned grad log p, (B, 2)
 save("model.pt", lambda file: torch.save(model.state_dict(), file))
@@ -444,10 +449,10 @@ summary = dict(seed=args.seed, steps=args.steps, activation=args.activation, err
                kernels=round(max(kernels[name][0] for name in kernels if name != "uniform"), 4), uniform=round(kernels["uniform"][0], 4),
                SW2=round(sw2, 4), floor=round(sw2_floor, 4), train_s=round(train_s, 1))
 record = {"settings": vars(args), "figures": summary}
-save("summary.json", lambda file: Path(file).write_text(json.dumps(record, indent=1)))
+save("summary.json", lambda file: file.write_text(json.dumps(record, indent=1)))
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1"]
 # ///

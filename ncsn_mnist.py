@@ -19,7 +19,6 @@ import gzip
 import importlib.util
 import json
 import math
-import os
 import signal
 import socket
 import sys
@@ -65,13 +64,14 @@ for flag, default, low, high, meaning in NUMBERS:
     parser.add_argument(f"--{flag}", type=type(low) if isinstance(high, int) else float, default=default,
                         help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
+sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
     if value is not None and not low <= value <= high:   # refuses nan as well
         parser.error(f"argument --{flag}: {value:g} is outside [{low:g}, {high:g}]")
 if args.load and args.resume:
     parser.error("argument --resume: a run with --load does not train; give one of the two")
-if args.resume and not os.path.isfile(os.path.join(args.outdir, "checkpoint.pt")):
+if args.resume and not Path(args.outdir, "checkpoint.pt").is_file():
     parser.error(f"argument --resume: there is no checkpoint.pt in {args.outdir!r}")
 if args.data == "digits" and args.data_dir:
     parser.error("argument --data_dir: --data digits reads no files")
@@ -125,7 +125,7 @@ for flag, value in zip(["filters", "epochs", "batch", "n_samples"], CHOSEN[data]
 if args.batch > len(x_data):
     parser.error(f"argument --batch: {args.batch} is more than the {len(x_data)} training images; give a smaller --batch")
 try:
-    os.makedirs(args.outdir, exist_ok=True)
+    Path(args.outdir).mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.outdir).close()   # better to learn it now than after the training
 except OSError as error:
     parser.error(f"argument --outdir: cannot write to {args.outdir!r} ({error.strerror})")
@@ -308,13 +308,18 @@ model = NoiseConditionedScoreNetwork(score_model, input_shape, levels, weights, 
 # %% Training
 def seeded(offset):
     """A generator of its own for evaluation and sampling, so that looking at the model does not change its training."""
-    return torch.Generator().manual_seed(args.seed + offset)
+    return torch.Generator().manual_seed(10**6 * args.seed + offset)
 
 def save(name, write):
     """Write outdir/name under a temporary name first: what stands there is always whole."""
-    temporary = os.path.join(args.outdir, "unfinished_" + name)
-    write(temporary)
-    os.replace(temporary, os.path.join(args.outdir, name))
+    temporary = Path(args.outdir, "unfinished_" + name)
+    try:
+        write(temporary)
+        temporary.replace(Path(args.outdir, name))
+    except (OSError, RuntimeError) as error:   # a full disk; torch.save has its own kind of it
+        sys.exit(f"cannot write {name} to {args.outdir!r} ({str(error).splitlines()[0]})")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def restore(flag, path, parts):
     """Load a file of torch.save into parts, {its key: module}, or end the run with one line; returns what the file holds."""
@@ -354,7 +359,7 @@ steps, step, history, order, interrupted = args.epochs * per_epoch, 0, [], None,
 if args.load:
     restore("load", args.load, {"": model})
 elif args.resume:
-    state = restore("resume", os.path.join(args.outdir, "checkpoint.pt"), parts)
+    state = restore("resume", Path(args.outdir, "checkpoint.pt"), parts)
     step, history = state["step"], state["history"]
     (torch.cuda if device.type == "cuda" else torch).set_rng_state(state["rng"])
 x_data, started = x_data.to(device), time.time()
@@ -542,10 +547,10 @@ summary = dict(data=data, seed=args.seed, net=args.net, epochs=round(step / per_
                loss_vs_linear=round(float(np.exp(np.log(learned / linear).mean())), 4), nn_samples=round(nn_samples, 2),
                nn_real=round(nn_real, 2), train_s=round(train_s, 1), sample_s=round(sample_s, 1))
 record = {"settings": vars(args), "levels": levels, "network": learned.tolist(), "linear": linear.tolist(), "figures": summary}
-save("summary.json", lambda file: Path(file).write_text(json.dumps(record, indent=1)))
+save("summary.json", lambda file: file.write_text(json.dumps(record, indent=1)))
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "scikit-learn==1.9.1", "matplotlib==3.11.2", "tqdm==4.70.1"]
 # ///

@@ -19,7 +19,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -64,6 +63,7 @@ for flag, default, low, high, meaning in NUMBERS:
     parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
                         help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
+sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
     if value is not None and not low <= value <= high:   # refuses nan as well
@@ -75,7 +75,7 @@ if args.device != "auto" and not available[args.device]:
     parser.error(f"argument --device: no {args.device} on this machine")
 device = torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
 try:
-    os.makedirs(args.outdir, exist_ok=True)
+    Path(args.outdir).mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.outdir).close()   # better to learn it now than after the training
 except OSError as error:
     parser.error(f"argument --outdir: cannot write to {args.outdir!r} ({error.strerror})")
@@ -85,7 +85,7 @@ torch.set_num_threads(1)   # as fast as 2 for so small a network, and not 10 tim
 # %% Data: mixtures of Gaussians with equal weights, so that their score is known
 def seeded(offset):
     """A generator of its own for evaluation and sampling, so that looking at the model does not change its training."""
-    return torch.Generator().manual_seed(args.seed + offset)
+    return torch.Generator().manual_seed(10**6 * args.seed + offset)
 
 def mixture(name, d=2):
     """A law: centres (M, d), principal axes as columns (M, d, d) and variances along them (M, d), all float64."""
@@ -226,9 +226,14 @@ def backward(net, x, loss, kind, m=args.n_slices):
 # %% Training: part 1, every loss from the same start, with the same batches and the same slices
 def save(name, write):
     """Write outdir/name under a temporary name first: what stands there is always whole."""
-    temporary = os.path.join(args.outdir, "unfinished_" + name)
-    write(temporary)
-    os.replace(temporary, os.path.join(args.outdir, name))
+    temporary = Path(args.outdir, "unfinished_" + name)
+    try:
+        write(temporary)
+        temporary.replace(Path(args.outdir, name))
+    except (OSError, RuntimeError) as error:   # a full disk; torch.save has its own kind of it
+        sys.exit(f"cannot write {name} to {args.outdir!r} ({str(error).splitlines()[0]})")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def clock():
     """Seconds: processor time on a CPU, where other programs then do not count, else wall time after all work is done."""
@@ -476,10 +481,10 @@ summary = dict(data=args.data, seed=args.seed, steps=args.steps, slices=args.sli
                law_gap=round(law_gap, 3), fd_order=round(fd_order, 3), cost_ssm_vr=round(ratio["ssm_vr"][at], 2),
                cost_exact=round(ratio["exact"][at], 1), train_s=round(sum(history[-1, 1] for _, history in runs.values()), 1))
 record = {"settings": vars(args), "cost": cost, "figures": summary}
-save("summary.json", lambda file: Path(file).write_text(json.dumps(record, indent=1)))
+save("summary.json", lambda file: file.write_text(json.dumps(record, indent=1)))
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "scikit-learn==1.9.1", "matplotlib==3.11.2", "tqdm==4.70.1"]
 # ///
