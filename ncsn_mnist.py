@@ -6,9 +6,6 @@ Reads beside: note 001 task 3 (whole); 003 sections 4.3.2, 4.3.3; theory.md 4, 7
     python ncsn_mnist.py --data digits        # the 8x8 digits of scikit-learn, no network needed: under a minute
     python ncsn_mnist.py --load out_ncsn_mnist/model.pt --outdir out_ddim --sampler ddim
 
-The score of real images is not known. So the network is measured on held-out images beside the best linear denoiser, and the
-samples by their distance to the nearest training image beside that of held-out images (a copy has 0; look at samples.png, too).
-
 A good run (--data_dir) takes 11 minutes and ends like this (2 CPU cores with bfloat16, Python 3.11, torch 2.13.0):
     data=mnist seed=0 net=resnet epochs=4.0 T=32 sampler=pc calls=64 loss_vs_linear=0.3851
     nn_samples=10.27 nn_real=8.6 train_s=560.2 sample_s=74.1
@@ -35,20 +32,19 @@ from sklearn.datasets import fetch_openml, load_digits
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] + " Pixels run from -1 to 1; sigma is in their unit.",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--data", default="auto", choices=["auto", "mnist", "digits"],
-                    help="mnist: 28x28; digits: scikit-learn's 8x8; auto: mnist, and digits where it cannot be had")
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser.add_argument("--data", default="auto", choices=["auto", "mnist", "digits"], help="auto: mnist (28x28), or else digits (8x8)")
 parser.add_argument("--data_dir", help="folder with MNIST's IDX files, raw or .gz (None: from openml.org, kept by scikit-learn)")
 parser.add_argument("--net", default="resnet", choices=["resnet", "unet"], help="resnet: after the homework's network; unet: after 003's")
 parser.add_argument("--sampler", default="pc", choices=["ald", "pc", "ancestral", "ddim"], help="sampler of samples.npy")
 parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: cuda where there is one, else cpu")
 parser.add_argument("--outdir", default="out_ncsn_mnist", help="folder for pictures, samples.npy, model.pt and summary.json")
-parser.add_argument("--load", help="weights (model.pt) of a run with the same data, levels and network: sample without training")
-parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --outdir, with the settings of that run")
+one_of = parser.add_mutually_exclusive_group()
+one_of.add_argument("--load", help="weights (model.pt) of a run with the same data, levels and network: sample without training")
+one_of.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --outdir, with the settings of that run")
 NUMBERS = [   # flag, default, lowest, highest, meaning
     ("T", 32, 1, 1000, "noise levels, geometric"),   # with 001's 10 the noise is halved from level to level: too coarse
-    ("sigma_min", 0.02, 1e-3, 0.5, "smallest level; two grey values of mnist differ by 0.008"),
+    ("sigma_min", 0.02, 1e-3, 0.5, "smallest level; pixels run from -1 to 1, two grey values of mnist differ by 0.008"),
     ("sigma_max", 10.0, 1.0, 100.0, "largest level, of the order of the distance between two images"),
     ("filters", None, 1, 1024, "channels at half resolution, twice as many at a quarter (None: mnist 48, digits 32)"),
     ("blocks", 8, 1, 64, "residual blocks, at least half of them at a quarter of the resolution"),
@@ -69,28 +65,21 @@ for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
     if value is not None and not low <= value <= high:   # refuses nan as well
         parser.error(f"argument --{flag}: {value:g} is outside [{low:g}, {high:g}]")
-if args.load and args.resume:
-    parser.error("argument --resume: a run with --load does not train; give one of the two")
 if args.resume and not Path(args.outdir, "checkpoint.pt").is_file():
     parser.error(f"argument --resume: there is no checkpoint.pt in {args.outdir!r}")
-if args.data == "digits" and args.data_dir:
-    parser.error("argument --data_dir: --data digits reads no files")
 available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 if args.device != "auto" and not available[args.device]:
     parser.error(f"argument --device: no {args.device} on this machine")
 device = torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
-cpu_can = torch.cpu.get_capabilities()   # elsewhere bfloat16 is emulated and slower than float32
-bf16 = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        or device.type == "cpu" and bool(cpu_can.get("avx512_bf16") or cpu_can.get("amx_bf16")))
+fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))   # elsewhere emulated, slower than float32
+bf16 = fast if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 torch.manual_seed(args.seed)
 
 # %% Data: images (N, 1, H, W) in [-1, 1]
 def read_idx(folder, name):
     """Images (N, 28, 28), uint8, of an IDX file: 16 bytes of header (2051, N, rows, columns), then the pixels."""
     places = [Path(folder, sub, name + end) for sub in ("", "MNIST/raw") for end in ("", ".gz")]   # torchvision adds MNIST/raw
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise ValueError(f"no {name} or {name}.gz in {folder}")
+    path = next((place for place in places if place.is_file()), places[0])
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     header = np.frombuffer(raw[:16].ljust(16), ">i4").tolist()
     if [header[0], *header[2:]] != [2051, 28, 28] or header[1] < 1 or len(raw) != 16 + header[1] * 784:
@@ -99,29 +88,27 @@ def read_idx(folder, name):
 
 def load_mnist(folder):
     """Training and held-out images, uint8 (60000, 28, 28) and (10000, 28, 28)."""
-    if folder is not None:
+    if folder:
         return [read_idx(folder, name) for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")]
     socket.setdefaulttimeout(60)
-    reader = "auto" if importlib.util.find_spec("pandas") else "liac-arff"   # "auto" needs pandas
-    print("fetching MNIST from openml.org (the first time 15 MB) ...")
-    x = fetch_openml("mnist_784", version=1, as_frame=False, parser=reader).data   # 30 s and 1.2 GB
+    print("fetching MNIST from openml.org: 15 MB the first time, and reading it takes 30 s and 1.2 GB of memory without pandas ...")
+    x = fetch_openml("mnist_784", version=1, as_frame=False, parser="auto" if importlib.util.find_spec("pandas") else "liac-arff").data
     return np.split(x.astype(np.uint8).reshape(70000, 28, 28), [60000])
 
 data = "digits" if args.data == "digits" else "mnist"
 try:
     images = load_mnist(args.data_dir) if data == "mnist" else None
 except Exception as error:   # no network, a proxy's page, a full disk, a broken file, ...
-    reason = f"cannot read MNIST from {'openml.org' if args.data_dir is None else args.data_dir} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    if args.data_dir is not None or args.data == "mnist":
+    reason = f"cannot read MNIST from {args.data_dir or 'openml.org'}: {type(error).__name__}: {error}".splitlines()[0]
+    if args.data_dir or args.data == "mnist":
         parser.error(f"argument --data_dir: {reason}; give a folder with its whole IDX files")
     print(f"!!! {reason}: going on with scikit-learn's 8x8 digits. For MNIST give --data_dir FOLDER with its IDX files. !!!")
     data = "digits"
 if data == "digits":   # in an order of their own: the file is sorted by writer
     images = np.split(load_digits().images[np.random.default_rng(0).permutation(1797)], [1500])
 x_data, x_test = (torch.tensor(x / np.float32(8 if data == "digits" else 127.5) - 1, dtype=torch.float32)[:, None] for x in images)
-CHOSEN = {"digits": (32, 75, 128, 500), "mnist": (48, 4, 64, 2000) if device.type == "cpu" else (48, 40, 256, 2000)}
-for flag, value in zip(["filters", "epochs", "batch", "n_samples"], CHOSEN[data]):
-    setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
+chosen = (32, 75, 128, 500) if data == "digits" else (48, 4, 64, 2000) if device.type == "cpu" else (48, 40, 256, 2000)
+vars(args).update({flag: value for flag, value in zip(["filters", "epochs", "batch", "n_samples"], chosen) if vars(args)[flag] is None})
 if args.batch > len(x_data):
     parser.error(f"argument --batch: {args.batch} is more than the {len(x_data)} training images; give a smaller --batch")
 try:
@@ -131,8 +118,7 @@ except OSError as error:
     parser.error(f"argument --outdir: cannot write to {args.outdir!r} ({error.strerror})")
 input_shape, mean, sigma_data = tuple(x_data.shape[1:]), x_data.mean(), x_data.std()
 levels = np.geomspace(args.sigma_max, args.sigma_min, args.T).tolist()   # descending; 001's text counts upwards, its code down
-print(f"{data}: {len(x_data)} images {input_shape}, mean {mean:.3f}, standard deviation {sigma_data:.3f}, {args.T} levels "
-      f"{levels[0]:.4g} ... {levels[-1]:.4g}, on {device} in {'bfloat16' if bf16 else 'float32'}")
+print(f"{data}: images {tuple(x_data.shape)}, mean {mean:.3f}, std {sigma_data:.3f}, on {device} in {'bfloat16' if bf16 else 'float32'}")
 
 # %% Model
 def small(layer):
@@ -158,50 +144,41 @@ class ConditionedResnetBlock(nn.Module):
         return x + self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))
 
 class ConditionedSimpleResnet(nn.Module):
-    """The homework's network, (B, in_channels, H, W), (B,) -> (B, out_channels, H, W); H and W divisible by 4.
-
-    001's sees at most 19 of 28 pixels. Here half of the blocks work at a quarter of the resolution, where the image is 7 pixels wide.
-    """
+    """The homework's network, (B, in_channels, H, W), (B,) -> (B, out_channels, H, W); H and W divisible by 4."""
     def __init__(self, in_channels, out_channels, n_filters, n_blocks, num_embeddings, block=ConditionedResnetBlock):
         super().__init__()
-        outer, wide = n_blocks // 4, 2 * n_filters
+        outer, wide = n_blocks // 4, 2 * n_filters   # half of the blocks work on 7x7 pixels and see a whole digit; 001's see 19 of 28
         blocks = lambda dim, n: nn.ModuleList([block(dim, num_embeddings) for _ in range(n)])
         self.first_block = nn.Conv2d(4 * in_channels, n_filters, 3, padding=1)
         self.before, self.middle, self.after = blocks(n_filters, outer), blocks(wide, n_blocks - 2 * outer), blocks(n_filters, outer)
         self.down, self.up = nn.Conv2d(n_filters, wide, 2, stride=2), nn.Conv2d(wide, 4 * n_filters, 1)
+        self.merge = None   # x and what comes back from below are added (UNet: concatenated and convolved)
         self.last_block = nn.Sequential(nn.GroupNorm(1, n_filters), nn.SiLU(), small(nn.Conv2d(n_filters, 4 * out_channels, 3, padding=1)))
 
-    def join(self, skip, x):
-        return skip + x
-
     def forward(self, x, y):
-        x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)   # (B, 4 in_channels, H/2, W/2): a fourth of the work
-        x = self.first_block(x)   # (B, n_filters, H/2, W/2)
+        x = self.first_block(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))   # (B, n_filters, H/2, W/2)
         for block in self.before:
             x = block(x, y)
         h = self.down(x)                        # (B, 2 n_filters, H/4, W/4)
         for block in self.middle:
             h = block(h, y)
-        x = self.join(x, F.pixel_shuffle(self.up(h), 2).contiguous(memory_format=torch.channels_last))
+        h = F.pixel_shuffle(self.up(h), 2).contiguous(memory_format=torch.channels_last)   # (B, n_filters, H/2, W/2)
+        x = x + h if self.merge is None else self.merge(torch.cat([x, h], dim=1))
         for block in self.after:
             x = block(x, y)
         return F.pixel_shuffle(self.last_block(x), 2)
 
 class ConditionalInstanceNorm2d(nn.Module):
-    """(B, C, H, W), embedding (B, E): each channel to mean 0, variance 1, then FiLM, which starts at scale 1, shift 0.
-
-    003 writes the 1 into columns of the Linear's weight: they belong to its inputs, the features are its rows.
-    """
+    """(B, C, H, W), embedding (B, E): each channel to mean 0, variance 1, then FiLM, which starts at scale 1, shift 0."""
     def __init__(self, channels, embed_dim):
         super().__init__()
         self.film = nn.Linear(embed_dim, 2 * channels)
-        nn.init.zeros_(self.film.weight)
+        nn.init.zeros_(self.film.weight)   # 003 writes the scale's 1 into columns: they belong to the inputs, the features are rows
         self.film.bias.data = torch.cat([torch.ones(channels), torch.zeros(channels)])
 
     def forward(self, x, embedding):
         scale, shift = self.film(embedding)[:, :, None, None].to(x.dtype).chunk(2, dim=1)   # (B, C, 1, 1)
-        var, mean = torch.var_mean(x, dim=(2, 3), keepdim=True, correction=0)
-        return torch.addcmul(shift, x - mean, scale * (var + 1e-5).rsqrt())
+        return torch.addcmul(shift, F.instance_norm(x), scale)
 
 class ResBlock(nn.Module):
     """003's residual block: (B, dim, H, W), embedding (B, E) -> (B, dim, H, W)."""
@@ -215,19 +192,13 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h, embedding)))
 
 class UNet(ConditionedSimpleResnet):
-    """003's U-Net for 28 pixels, (B, C, H, W), level index (B,) -> (B, C, H, W): its blocks, its embedding, one skip per scale.
-
-    003's skips do not fit their convolutions. The level enters as log sigma: in 003's text, sin(2^k pi sigma), 2, 4 and 10 are one.
-    """
+    """003's U-Net for 28 pixels, (B, C, H, W), level index (B,) -> (B, C, H, W): its blocks, its embedding, one skip per scale."""
     def __init__(self, channels, dim, n_blocks, sigmas, embed_dim=64):
         super().__init__(channels, channels, dim, n_blocks, embed_dim, ResBlock)
-        angles = sigmas.log()[:, None] * torch.linspace(0.125, 2, 16)                   # (T, 16)
+        angles = sigmas.log()[:, None] * torch.linspace(0.125, 2, 16)   # (T, 16); to 003's sin(2^k pi sigma), 2, 4 and 10 are one
         self.register_buffer("waves", torch.cat([angles.sin(), angles.cos()], dim=1))   # (T, 32)
         self.embed = nn.Sequential(nn.Linear(32, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim), nn.SiLU())
-        self.merge = nn.Conv2d(2 * dim, dim, 1)
-
-    def join(self, skip, x):
-        return self.merge(torch.cat([skip, x], dim=1))
+        self.merge = nn.Conv2d(2 * dim, dim, 1)   # 003's skips do not fit their convolutions
 
     def forward(self, x, y):
         return super().forward(x, self.embed(self.waves[y]))
@@ -249,21 +220,16 @@ class PreconditionedScore(nn.Module):
 
 # %% Loss
 class NoiseConditionedScoreNetwork(nn.Module):
-    """The homework's class. score_model(x, level index (B,)) -> score, both of shape (B, *input_shape); sigmas in any order.
-
-    weights (T,) stands in for the homework's sigma_t^2/sigma_max^2 and probs (T,) for its uniform choice of the level.
-    """
+    """The homework's class. score_model(x, level index (B,)) -> score, both of shape (B, *input_shape); sigmas in any order."""
     def __init__(self, score_model, input_shape, sigmas, weights=None, probs=None):
         super().__init__()
         self.score_model, self.input_shape = score_model, tuple(input_shape)
         sigmas = torch.tensor(sorted(map(float, sigmas), reverse=True))   # index 0 is the largest
         self.register_buffer("sigmas", sigmas)   # 001's plain attribute is neither saved nor moved by .to()
-        self.register_buffer("weights", (sigmas / sigmas[0]) ** 2 if weights is None else weights, persistent=False)
-        self.register_buffer("probs", torch.ones_like(sigmas) if probs is None else probs, persistent=False)
+        self.register_buffer("weights", (sigmas / sigmas[0]) ** 2 if weights is None else weights, persistent=False)   # (T,)
+        self.register_buffer("probs", torch.ones_like(sigmas) if probs is None else probs, persistent=False)   # (T,), to draw a level
 
-    @property
-    def device(self):
-        return self.sigmas.device
+    device = property(lambda self: self.sigmas.device)   # 001 has it, too
 
     def forward(self, x):
         """weight_t (s(x + sigma_t eps, t) + eps/sigma_t)^2, a term for every element of x."""
@@ -286,13 +252,11 @@ class NoiseConditionedScoreNetwork(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_samples=64, num_steps=10, eps=None, kappa=0.15):
-        """From N(0, sigma_max^2 I), as 001's text has it (its code: U[-1, 1]), down the levels, and one denoising step.
-
-        eps = None: 2 kappa sigma_max^2, a step of kappa sigma^2 at every level. 001's eps = 0.1 suits sigma_max near 1 only.
-        """
+        """From N(0, sigma_max^2 I), as 001's text has it (its code: U[-1, 1]), down the levels, and one denoising step."""
         sigmas = self.sigmas.tolist()
+        eps = 2 * kappa * sigmas[0] ** 2 if eps is None else eps   # a step of kappa sigma^2; 001's 0.1 suits sigma_max near 1 only
         x = sigmas[0] * torch.randn(num_samples, *self.input_shape, device=self.device)
-        x = self.annealed_langevin_dynamics(x, num_steps, 2 * kappa * sigmas[0] ** 2 if eps is None else eps)
+        x = self.annealed_langevin_dynamics(x, num_steps, eps)
         return x + sigmas[-1] ** 2 * self.score_model(x, torch.full((num_samples,), len(sigmas) - 1, device=self.device))
 
 sigmas = torch.tensor(levels)   # (T,)
@@ -321,27 +285,6 @@ def save(name, write):
     finally:
         temporary.unlink(missing_ok=True)
 
-def restore(flag, path, parts):
-    """Load a file of torch.save into parts, {its key: module}, or end the run with one line; returns what the file holds."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, value in state.get("settings", {}).items():
-            if value != settings[name]:
-                parser.error(f"argument --{flag}: the run in {path} has --{name} {value}, this one {settings[name]}")
-        for name, part in parts.items():
-            part.load_state_dict(state[name] if name else state)
-    except Exception as error:   # a file cut short raises half a dozen kinds
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        parser.error(f"argument --{flag}: {path} is missing, not whole or of another --data, --net, --filters, --blocks or --T ({reason})")
-    if not (torch.allclose(model.sigmas.cpu(), sigmas) and torch.allclose(score_model.mean.cpu(), mean, atol=1e-4)):
-        parser.error(f"argument --{flag}: {path} was trained on other --data, --sigma_min or --sigma_max")
-    return state
-
-def checkpoint():
-    state = {name: part.state_dict() for name, part in parts.items()} | {"settings": settings, "step": step, "history": history}
-    rng = torch.cuda.get_rng_state() if device.type == "cuda" else torch.get_rng_state()
-    save("checkpoint.pt", lambda file: torch.save(state | {"rng": rng}, file))
-
 @torch.no_grad()
 def held_out_loss(net):
     """The training loss on 512 held-out images, with always the same levels and noise."""
@@ -354,28 +297,36 @@ settings = {"data": data, "device": device.type} | {name: getattr(args, name) fo
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
 # The decay grows as (1 + n)/(10 + n) to 0.998: at a constant one the average of a short run is still the random start.
 ema = AveragedModel(model, avg_fn=lambda old, new, n: torch.lerp(old, new, 1 - min(0.998, (1 + n.item()) / (10 + n.item()))))
+rng = torch.cuda if device.type == "cuda" else torch   # whose generator the training uses
 parts, per_epoch = {"model": model, "ema": ema, "optimizer": optimizer}, len(x_data) // args.batch
-steps, step, history, order, interrupted = args.epochs * per_epoch, 0, [], None, []
-if args.load:
-    restore("load", args.load, {"": model})
-elif args.resume:
-    state = restore("resume", Path(args.outdir, "checkpoint.pt"), parts)
+steps, step, history, order = 0 if args.load else args.epochs * per_epoch, 0, [], None
+if args.load or args.resume:
+    flag, path = ("load", args.load) if args.load else ("resume", Path(args.outdir, "checkpoint.pt"))
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, value in state.get("settings", {}).items():
+            if value != settings[name]:
+                parser.error(f"argument --{flag}: the run in {path} has --{name} {value}, this one {settings[name]}")
+        for name in ["model"] if args.load else parts:   # model.pt holds the averaged weights alone
+            parts[name].load_state_dict(state if args.load else state[name])
+    except Exception as error:   # a file cut short raises half a dozen kinds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        parser.error(f"argument --{flag}: {path} is missing, not whole or of another --data, --net, --filters, --blocks or --T ({reason})")
+    if not (torch.allclose(model.sigmas.cpu(), sigmas) and torch.allclose(score_model.mean.cpu(), mean, atol=1e-4)):
+        parser.error(f"argument --{flag}: {path} was trained on other --data, --sigma_min or --sigma_max")
+if args.resume:
     step, history = state["step"], state["history"]
-    (torch.cuda if device.type == "cuda" else torch).set_rng_state(state["rng"])
+    rng.set_rng_state(state["rng"])
+interrupted, usual = [], signal.getsignal(signal.SIGINT)   # Ctrl-C lets the step under way end, a second one has its usual effect
+signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, usual)))
 x_data, started = x_data.to(device), time.time()
-def finish_step(*_):
-    """Ctrl-C lets the step under way end; a second one has its usual effect."""
-    interrupted.append(True)
-    signal.signal(signal.SIGINT, usual_handler)
-
-usual_handler = signal.signal(signal.SIGINT, finish_step)
-with tqdm(total=steps * args.batch, initial=step * args.batch, desc="training", unit="img", mininterval=1, disable=bool(args.load)) as bar:
-    while step < steps and not interrupted and not args.load:
+with tqdm(total=steps * args.batch, initial=step * args.batch, desc="training", unit="img", mininterval=1, disable=not steps) as bar:
+    while step < steps and not interrupted:
         epoch, i = divmod(step, per_epoch)
         if i == 0 or order is None:   # the order of an epoch follows from its number: nothing to store
             order = torch.randperm(len(x_data), generator=seeded(1000 + epoch)).to(device)
-        for group in optimizer.param_groups:   # warm-up over 3 % of the steps, then a half cosine down to 0
-            group["lr"] = args.lr * min(1, (step + 1) / (0.03 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rise, fall = min(1, (step + 1) / (0.03 * steps)), 0.5 * (1 + math.cos(math.pi * step / steps))   # warm-up, half a cosine
+        optimizer.param_groups[0]["lr"] = args.lr * rise * fall
         loss = model.loss(x_data[order[i * args.batch:(i + 1) * args.batch]])["total_loss"]
         optimizer.zero_grad()
         loss.backward()
@@ -388,8 +339,9 @@ with tqdm(total=steps * args.batch, initial=step * args.batch, desc="training", 
             bar.set_postfix_str(f"loss {history[-1][1]:.4f}, held-out {history[-1][2]:.4f}")
             if not math.isfinite(history[-1][2]):
                 sys.exit(f"diverged at step {step}: held-out loss {history[-1][2]}; try a --lr below {args.lr:g}")
-            checkpoint()
-signal.signal(signal.SIGINT, usual_handler)
+            state = {"settings": settings, "step": step, "history": history, "rng": rng.get_rng_state()}
+            save("checkpoint.pt", lambda file: torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file))
+signal.signal(signal.SIGINT, usual)
 train_s = time.time() - started
 if interrupted:
     print(f"Ctrl-C after {step} of {steps} steps: sampling from what there is. The same command with --resume goes on.")
@@ -410,10 +362,9 @@ def noise_like(x, generator):
     """z ~ N(0, I), drawn on the CPU so that every device gets the same."""
     return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
-SAMPLERS = {   # name: (rho of the steps between levels, Langevin steps at each level)
-    "ald": (None, args.K), "pc": (lambda ratio: ratio, 1), "ancestral": (lambda ratio: ratio, 0), "ddim": (lambda ratio: 1.0, 0)}
-
-calls = lambda name, n=args.T: n * (SAMPLERS[name][1] + bool(SAMPLERS[name][0])) + (not SAMPLERS[name][0])   # of the network, on n levels
+# name: (rho of the steps between levels, Langevin steps at each level)
+SAMPLERS = {"ald": (None, args.K), "pc": (lambda ratio: ratio, 1), "ancestral": (lambda ratio: ratio, 0), "ddim": (lambda ratio: 1.0, 0)}
+calls = lambda name, n=args.T: n * SAMPLERS[name][1] + (n if SAMPLERS[name][0] else 1)   # of the network, on n levels
 
 def run_sampler(name, x, sigmas, generator, bar, kappa=args.kappa):
     """x with noise sigmas[0] -> its states at sigmas + [0]: K Langevin steps at each level, then one to the next level.
@@ -437,9 +388,7 @@ def run_sampler(name, x, sigmas, generator, bar, kappa=args.kappa):
     return path
 
 def generate(name, x, start=0, seed=200):
-    """Images x (n, 1, H, W) with noise of level `start` -> list of states, the last one all n clean images; 250 at a time, and of the
-    other states only the first 250.
-    """
+    """Images x (n, 1, H, W) with noise of level `start` -> states; the last one is n clean images, the others are of the first 250."""
     chunks, generator = x.to(device).split(250), seeded(seed)
     with tqdm(total=len(chunks) * calls(name, args.T - start), desc=f"sampling {name}", unit="call", leave=False) as bar:
         path = run_sampler(name, chunks[0], levels[start:], generator, bar)
@@ -462,8 +411,7 @@ if not torch.isfinite(path[-1]).all():   # clamp has made 1 of infinity
     sys.exit(f"sampler {args.sampler} diverged: no usable score at some level; train longer")
 save("samples.npy", lambda file: np.save(file, samples.numpy()))
 
-# %% Checks
-@torch.no_grad()
+# %% Checks: no exact score is known here, so the best linear denoiser stands beside the network, held-out images beside the samples
 def level_losses(x):
     """sigma^2/2 E||s + eps/sigma||^2 per level (T,) of the network and of the best linear denoiser, on images x."""
     losses, generator = [], seeded(1)
@@ -481,10 +429,7 @@ print("\nsigma: loss sigma^2/2 E||s + eps/sigma||^2 on 250 held-out images, netw
 entries = [f"{s:6.3g}: {a:5.1f} /{b:6.1f}" for s, a, b in zip(levels, learned, linear)]
 print("\n".join("   ".join(entries[i:i + 5]) for i in range(0, len(entries), 5)))
 
-def nearest(x, k=1):
-    """Distances (n, k) of images to their k nearest training images, and the indices of these."""
-    return torch.cdist(x.flatten(1).to(device), x_data.flatten(1)).topk(k, largest=False)
-
+nearest = lambda x, k=1: torch.cdist(x.flatten(1).to(device), x_data.flatten(1)).topk(k, largest=False)   # distances, indices (n, k)
 nn_samples, nn_real = (nearest(x[:200])[0].median().item() for x in (samples, x_test))
 print(f"median distance to the nearest training image: samples {nn_samples:.2f}, held-out images {nn_real:.2f} (good: alike; a copy has 0)")
 
@@ -493,10 +438,10 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"   # data and exact, samples an
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 10, "savefig.dpi": 100})
 
 def picture(name, size, shape, *panels):
-    """Panels of images (n, 1, H, W) laid out row by row: (images, rows, title, names under the columns, names of the rows)."""
+    """Panels of images laid out in a grid: (images (rows, columns, 1, H, W), title, names of the columns, names of the rows)."""
     fig, axs = plt.subplots(*shape, figsize=size, squeeze=False)
-    for ax, (images, rows, title, columns, lines) in zip(axs.flat, panels):
-        x = F.pad(images.cpu().clamp(-1, 1)[:, 0], (0, 1, 0, 1), value=-1.0).unflatten(0, (rows, -1))   # (rows, columns, H + 1, W + 1)
+    for ax, (images, title, columns, lines) in zip(axs.flat, panels):
+        x = F.pad(images.clamp(-1, 1)[:, :, 0], (0, 1, 0, 1), value=-1.0)   # (rows, columns, H + 1, W + 1)
         ax.imshow(x.transpose(1, 2).flatten(2).flatten(0, 1).numpy(), cmap="gray", vmin=-1, vmax=1)
         ax.set(title=title, xticks=(np.arange(len(columns)) + 0.5) * x.shape[3], xticklabels=columns)
         ax.set(yticks=(np.arange(len(lines)) + 0.5) * x.shape[2], yticklabels=lines)
@@ -504,32 +449,30 @@ def picture(name, size, shape, *panels):
 
 level_names = lambda which: [rf"$\sigma$={(levels + [0.0])[t]:.2g}" for t in which]
 side = min(10, math.isqrt(args.n_samples))
-picture("samples.png", (10, 5.3), (1, 2), (samples[:side**2], side, f"Samples ({args.sampler}, from pure noise)", [], []),
-        (x_test[:side**2], side, "Real digits, not used in training", [], []))
+grids = [x[:side**2].unflatten(0, (side, side)) for x in (samples, x_test)]
+picture("samples.png", (10, 5.3), (1, 2), (grids[0], f"Samples ({args.sampler})", [], []), (grids[1], "Held-out real digits", [], []))
 
 shown = np.linspace(0, args.T, 10).round().astype(int)
 states = torch.stack([path[t][:3] / max(1, (levels + [0])[t]) for t in shown], dim=1)   # (3, 10, 1, H, W)
-picture("annealing.png", (10, 3.6), (1, 1), (states.flatten(0, 1), 3, "From noise to digits: three samples on their way down "
-                                             r"($x/\sigma$ where $\sigma$ > 1)", level_names(shown), []))
+picture("annealing.png", (10, 3.6), (1, 1), (states, r"From noise to digits ($x/\sigma$ where $\sigma$ > 1)", level_names(shown), []))
 
-relatives = x_data[nearest(samples[:10], 3)[1].T.flatten()].cpu()   # (30, 1, H, W)
-picture("neighbours.png", (10, 4.4), (1, 1), (torch.cat([samples[:10], relatives]), 4,
-        "Ten samples and, below each, its three nearest training images: relatives, not copies", [], ["sample", "1st", "2nd", "3rd"]))
+relatives = torch.cat([samples[None, :10], x_data[nearest(samples[:10], 3)[1].T].cpu()])   # (4, 10, 1, H, W)
+picture("neighbours.png", (10, 4.4), (1, 1), (relatives, "Ten samples and their three nearest training images: relatives or copies?",
+        [], ["sample", "1st", "2nd", "3rd"]))
 
 few, z, middle = x_test[[2, 3, 7, 18]], start_noise[:4], int(np.abs(np.log(np.array(levels) / 0.7)).argmin())
 mixed = lambda mix, v: torch.stack([mix(v[i], v[i + 1], w) for i in (0, 2) for w in np.linspace(0, 1, 8).tolist()])   # (16, 1, H, W)
 between = generate("ddim", mixed(torch.lerp, few) + levels[middle] * mixed(slerp, z), middle)[-1].unflatten(0, (2, 8))
-between = torch.cat([few[0::2, None], between, few[1::2, None]], dim=1)                                               # (2, 10, 1, H, W)
+between = torch.cat([few[0::2, None], between, few[1::2, None]], dim=1)   # (2, 10, 1, H, W)
 starts = np.linspace(args.T * 4 // 5, args.T // 5, 9).astype(int)
-again = torch.stack([few[:2]] + [generate(args.sampler, few[:2] + levels[t] * z[:2], t)[-1] for t in starts], dim=1)   # 003 leaves the noise out
+again = [generate(args.sampler, few[:2] + levels[t] * z[:2], t)[-1] for t in starts]   # 003 leaves the noise out
 picture("interpolation.png", (10, 5.2), (2, 1),
-        (between.flatten(0, 1), 2, rf"Between two real digits (at the ends), mixed at $\sigma$ = {levels[middle]:.2g}, denoised by DDIM", [], []),
-        (again.flatten(0, 1), 2, "A real digit, noised to the level below and brought back: the more noise, the freer the answer",
+        (between, rf"Between two real digits (at the ends), mixed at $\sigma$ = {levels[middle]:.2g}, denoised by DDIM", [], []),
+        (torch.stack([few[:2], *again], dim=1), "A real digit, noised to the level below and brought back: more noise, more freedom",
          ["real", *level_names(starts)], []))
 
-rows = [(path if name == args.sampler else generate(name, pure_noise[:20]))[-1][:20] for name in SAMPLERS]
-picture("samplers.png", (10, 3), (1, 1), (torch.cat(rows), 4, "The same network, four samplers, each with its network calls", [],
-                                            [f"{name}, {calls(name)}" for name in SAMPLERS]))
+rows = {f"{name}, {calls(name)}": (path if name == args.sampler else generate(name, pure_noise[:20]))[-1][:20] for name in SAMPLERS}
+picture("samplers.png", (10, 3), (1, 1), (torch.stack([*rows.values()]), "One network, four samplers: how often they call it", [], [*rows]))
 
 fig, axs = plt.subplots(1, 2, figsize=(10, 3.6))
 log = np.array(history).reshape(-1, 3)   # step, loss, held-out loss
@@ -543,9 +486,9 @@ for ax in axs:
     ax.legend()
 save("training.png", fig.savefig)
 
-summary = dict(data=data, seed=args.seed, net=args.net, epochs=round(step / per_epoch, 2), T=args.T, sampler=args.sampler, calls=calls(args.sampler),
-               loss_vs_linear=round(float(np.exp(np.log(learned / linear).mean())), 4), nn_samples=round(nn_samples, 2),
-               nn_real=round(nn_real, 2), train_s=round(train_s, 1), sample_s=round(sample_s, 1))
+summary = dict(data=data, seed=args.seed, net=args.net, epochs=round(step / per_epoch, 2), T=args.T, sampler=args.sampler,
+               calls=calls(args.sampler), loss_vs_linear=round(float(np.exp(np.log(learned / linear).mean())), 4),
+               nn_samples=round(nn_samples, 2), nn_real=round(nn_real, 2), train_s=round(train_s, 1), sample_s=round(sample_s, 1))
 record = {"settings": vars(args), "levels": levels, "network": learned.tolist(), "linear": linear.tolist(), "figures": summary}
 save("summary.json", lambda file: file.write_text(json.dumps(record, indent=1)))
 print(" ".join(f"{key}={value}" for key, value in summary.items()))

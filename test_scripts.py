@@ -2157,10 +2157,15 @@ def refused(flag, flags, outdir, capsys, until="Sampling"):
 
 @pytest.mark.parametrize("flags, reason", [
     ("--lr 0.001", "--lr 0.003"), ("--net unet", "--net resnet"), ("--seed 1", "--seed 0"), ("--T 7", "--T 6"), ("--epochs 3", "--epochs 2"),
-    ("--filters 8", "--filters 4"), ("--sigma_max 5", "--sigma_max 10.0"), ("--batch 100", "--batch 250"), ("--blocks 1", "--blocks 4"), ("--load x", "one of the two")])
+    ("--filters 8", "--filters 4"), ("--sigma_max 5", "--sigma_max 10.0"), ("--batch 100", "--batch 250"), ("--blocks 1", "--blocks 4")])
 def test_ncsn_resume_with_other_settings(ncsn_mnist, flags, reason, capsys):
     """--resume goes on with the run's own settings only, and names the one that differs."""
     assert reason in refused("resume", "--resume " + flags, ncsn_mnist.args.outdir, capsys)
+
+
+def test_ncsn_resume_or_load(ncsn_mnist, capsys):
+    """A run either goes on or takes finished weights."""
+    assert "not allowed with argument --resume" in refused("load", "--resume --load x", ncsn_mnist.args.outdir, capsys)
 
 
 def broken(kind, whole, path):
@@ -2233,7 +2238,7 @@ def test_ncsn_broken_idx_files(ncsn_mnist, kind, end, tmp_path, capsys):
     if kind == "no gz":
         (tmp_path / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(whole)
     if not end:
-        with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
+        with pytest.raises((ValueError, FileNotFoundError), match="train-images-idx3-ubyte"):
             ncsn_mnist.read_idx(tmp_path / "mnist", "train-images-idx3-ubyte")
     for data in ("auto", "mnist"):
         assert str(tmp_path / "mnist") in refused("data_dir", f"--data {data} --data_dir {tmp_path}/mnist", tmp_path / "out", capsys, "Model")
@@ -2241,9 +2246,8 @@ def test_ncsn_broken_idx_files(ncsn_mnist, kind, end, tmp_path, capsys):
 
 
 def test_ncsn_data_dir(tmp_path, capsys):
-    """A folder that is not there is refused, as is one with --data digits, which would not read it."""
+    """A folder that is not there is refused."""
     assert "nowhere" in refused("data_dir", f"--data auto --data_dir {tmp_path}/nowhere", tmp_path, capsys, "Model")
-    assert "digits" in refused("data_dir", f"--data_dir {tmp_path}", tmp_path, capsys, "Model")
 
 
 @pytest.mark.parametrize("pandas", [None, object()])
