@@ -38,7 +38,7 @@ NUMBERS = [   # flag, default, lowest, highest, meaning; the homework asks for e
     ("n", 5000, 10, 10**7, "points of make_moons, 80 %% of them for training"),
     ("sigma", 0.1, 1e-3, 100, "the noise level"),
     ("epochs", 300, 1, 10**6, "passes over the training points"),
-    ("batch", 500, 1, 10**6, "training points per step; not more than there are"),   # 1000 at lr 2e-2: same score error, but for one seed of three a moon gets 55 %
+    ("batch", 500, 1, 10**6, "training points per step"),   # 1000 at lr 2e-2: same error, but with one seed of three a moon gets 55 %
     ("lr", 1e-2, 1e-8, 100, "peak of the one-cycle learning rate"),
     ("hidden", 48, 1, 8192, "width of the network"),
     ("layers", 4, 1, 64, "hidden layers"),   # 3 layers of 64: the score error is larger by a fifth after equal time
@@ -84,24 +84,18 @@ def generate_moons_data(count, seed=None):
 centres = torch.tensor(make_moons(400, shuffle=False)[0])   # (M, 2) float64: the upper moon, then the lower
 
 def sample_data(n, generator):
-    """n i.i.d. points (n, 2): a random centre plus its noise.
-
-    make_moons itself spaces its points evenly, so that two of its sets are nearer to each other than two random ones.
-    """
+    """n i.i.d. points (n, 2), a random centre plus noise each; make_moons spaces its points evenly, so its sets are too alike."""
     k = torch.randint(len(centres), (n,), generator=generator)
     return (centres[k] + TAU * torch.randn(n, 2, generator=generator, dtype=torch.float64)).float()
 
 def exact_density(x, sigma):
-    """log q_sigma(x) (B,), its gradient (B, 2) and Laplacian (B,), data convolved with N(0, sigma^2 I); sigma a float or (B,).
-
-    The score points from x to the mean of the centres, weighted with the softmax of their log densities (theory.md 4.2).
-    """
+    """log q_sigma(x) (B,), its gradient (B, 2) and Laplacian (B,), data convolved with N(0, sigma^2 I); sigma a float or (B,)."""
     y, var = x.detach().cpu().double(), TAU**2 + torch.as_tensor(sigma).cpu().double().expand(len(x))[:, None] ** 2   # (B, 1)
-    square = torch.cdist(y, centres).square()                                                   # (B, M)
-    log_qk = -square / (2 * var) - (2 * math.pi * var).log() - math.log(len(centres))           # (B, M)
-    w = log_qk.softmax(dim=1)                                                                   # (B, M)
-    s = (w @ centres - y) / var                                                                 # (B, 2)
-    laplacian = (w * square).sum(1) / var[:, 0] ** 2 - 2 / var[:, 0] - s.square().sum(1)        # = (Laplacian q)/q - |s|^2
+    square = torch.cdist(y, centres).square()                                               # (B, M)
+    log_qk = -square / (2 * var) - (2 * math.pi * var).log() - math.log(len(centres))       # (B, M)
+    w = log_qk.softmax(dim=1)                                                               # (B, M) which centre x may come from
+    s = (w @ centres - y) / var                                                             # (B, 2) to their mean, theory.md 4.2
+    laplacian = (w * square).sum(1) / var[:, 0] ** 2 - 2 / var[:, 0] - s.square().sum(1)    # (B,) = (Laplacian q)/q - |s|^2
     return [value.to(x.dtype).to(x.device) for value in (log_qk.logsumexp(dim=1), s, laplacian)]
 
 exact_score = lambda x, sigma: exact_density(x, sigma)[1]   # (B, 2)
@@ -122,10 +116,8 @@ def noise_like(x, generator):
 @torch.no_grad()
 def langevin(score, x, num_steps, eta, generator=None, noise_scale=1.0):
     """Yields the state x + (eta/2) s(x) + sqrt(eta noise_scale) z after each step; x (B, ...). theory.md 6.1.
-
     It samples q_sigma, whose score it is given, not the data (001 does not say so), and for eta > 0 only nearly. noise_scale
-    is a temperature: the density becomes q^(1/noise_scale). 003's two formulas differ by eta = 2 epsilon.
-    """
+    is a temperature: the density becomes q^(1/noise_scale). 003's two formulas differ by eta = 2 epsilon."""
     for _ in range(num_steps):
         x = x + eta / 2 * score(x) + (eta * noise_scale) ** 0.5 * noise_like(x, generator)
         yield x
@@ -133,10 +125,8 @@ def langevin(score, x, num_steps, eta, generator=None, noise_scale=1.0):
 @torch.no_grad()
 def mala(log_density, x, num_steps, eta, generator=None):
     """Yields (state, accepted (B,)): Langevin proposals with the Metropolis-Hastings test; log_density(x) -> log q (B,), score.
-
     Exact for every eta, but it needs log q: differences of log q cannot be had from a free network, whose field need not be
-    a gradient. Each chain has its own test: 003 adds the log ratios of the whole batch, and then hardly anything is accepted.
-    """
+    a gradient. Each chain has its own test: 003 adds the log ratios of the whole batch, and then hardly anything is accepted."""
     log_q, s = log_density(x)
     for _ in range(num_steps):
         y = x + eta / 2 * s + math.sqrt(eta) * noise_like(x, generator)
@@ -148,10 +138,8 @@ def mala(log_density, x, num_steps, eta, generator=None):
         yield x, accepted
 
 def whitened(log_density, root):
-    """log_density of y = root^-1 x. Langevin dynamics of y is that of x preconditioned with M = root root^T:
-
-    x + (eta/2) M s + sqrt(eta) root z. Good for M near the covariance; with its inverse, as 003 has it, things get worse.
-    """
+    """log_density of y = root^-1 x, whose Langevin dynamics is, in x, preconditioned: x + (eta/2) M s + sqrt(eta) root z.
+    M = root root^T should be near the covariance; with its inverse, as 003 has it, things get worse (theory.md 6.5)."""
     def of_y(y):
         log_q, s = log_density(y @ root.T)
         return log_q, s @ root
@@ -173,10 +161,8 @@ class DenoisingScoreMatcher(nn.Module):
 
     def forward(self, x, generator=None):
         """||s(x + sigma eps) + eps/sigma||^2 coordinate by coordinate, of x's shape; the homework's form, without 1/2.
-
         The target is the gradient of log k(x_noisy | x) (001 leaves out the gradient sign); what is learned is its mean over
-        all x behind x_noisy, the score of q_sigma (theory.md 4.1).
-        """
+        all x behind x_noisy, the score of q_sigma (theory.md 4.1)."""
         eps = noise_like(x, generator)
         noisy_x = x + self.sigma * eps
         return (self.score_model(noisy_x) + eps / self.sigma).square()
@@ -212,54 +198,53 @@ def save(name, write):
     finally:
         temporary.unlink(missing_ok=True)
 
-def check_points(sigma, n=5000):
-    """n points of q_sigma (n, 2) with their exact scores (n, 2) and the floor of the loss there."""
-    x = sample_data(n, seeded(1)) + sigma * torch.randn(n, 2, generator=seeded(2))
-    _, s, laplacian = exact_density(x, sigma)
-    return x.to(device), s.to(device), 2 / sigma**2 + laplacian.mean().item()   # floor: E||eps/sigma + s*||^2, theory.md 4.3
+def noisy_data(n, sigma, seed_x, seed_eps):
+    """n points of q_sigma (n, 2)."""
+    x = sample_data(n, seeded(seed_x))
+    return x + sigma * noise_like(x, seeded(seed_eps))
 
 def train(sigma):
-    """A DenoisingScoreMatcher at sigma, and its history: rows of epoch, training loss, test loss, excess E||s - s*||^2."""
+    """A DenoisingScoreMatcher, the floor of its loss, its history: rows of epoch, loss, test loss, excess, relative score error."""
     matcher, history, losses = DenoisingScoreMatcher(make_score_model(), (2,), sigma).to(device), [], []
-    x_check, s_check, floor = check_points(sigma)
-    error = lambda: (matcher.score_model(x_check) - s_check).square().sum(1).mean().item()   # E||s - s*||^2
-    too_large = 100 * max(floor, error())   # an excess above this is a divergence
+    x_check = noisy_data(5000, sigma, 1, 2).to(device)
+    _, s, laplacian = exact_density(x_check, sigma)
+    floor = 2 / sigma**2 + laplacian.mean().item()                               # E||eps/sigma + s*||^2, theory.md 4.3
+    excess = lambda: (matcher.score_model(x_check) - s).square().sum(1).mean()   # E||s - s*||^2
+    too_large = 100 * max(floor, excess().item())                                # beyond this it has diverged
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr, fused=True)
     steps = args.epochs * math.ceil(len(x_data) / args.batch)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps + 10, pct_start=0.1)   # 10 itself fails
-    with tqdm(range(1, args.epochs + 1), desc=f"training, sigma {sigma:g}", mininterval=0.5) as bar:
-        for epoch in bar:
-            for x in x_data[torch.randperm(len(x_data), device=device)].split(args.batch):
-                loss = matcher.loss(x)["total_loss"]
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                losses.append(loss.item())
-            if epoch % max(1, args.epochs // 10) == 0 or epoch == args.epochs or not math.isfinite(losses[-1]):
-                with torch.no_grad():   # each test point 20 times: one time would only show the noise of eps
-                    test_loss = matcher.loss(x_test.repeat(20, 1), seeded(3))["total_loss"].item()
-                    excess = error()
-                history.append((epoch, np.mean(losses), test_loss, excess))
-                losses = []
-                bar.set_postfix_str(f"loss {history[-1][1]:.4g}, test {test_loss:.4g}, floor {floor:.4g}, excess {excess:.2g}")
-                if not excess < too_large:
-                    sys.exit(f"diverged at epoch {epoch}: loss {history[-1][1]:.3g}, excess {excess:.3g}; try a --lr below {args.lr:g}")
-    return matcher, history, floor
+    for epoch in (bar := tqdm(range(1, args.epochs + 1), desc=f"training, sigma {sigma:g}", mininterval=0.5)):
+        for x in x_data[torch.randperm(len(x_data), device=device)].split(args.batch):
+            loss = matcher.loss(x)["total_loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+        if epoch % max(1, args.epochs // 10) == 0 or epoch == args.epochs:
+            test_loss = matcher.loss(x_test.repeat(20, 1), seeded(3))["total_loss"].item()   # 20 times: once shows the noise of eps
+            error = excess().item()
+            history.append((epoch, np.mean(losses), test_loss, error, math.sqrt(error / s.square().sum(1).mean())))
+            losses = []
+            bar.set_postfix_str("loss {1:.4g}, test {2:.4g}, relative error {4:.2g}".format(*history[-1]))
+            if not error < too_large:
+                sys.exit(f"diverged at epoch {epoch}: loss {loss:.3g}; try a --lr below {args.lr:g}")
+    return matcher, floor, history
 
 started = time.time()
-model, history, floor = train(args.sigma)
+model, floor, history = train(args.sigma)
 train_s = time.time() - started
-print(f"epoch  training loss  test loss  excess E||s - s*||^2   (no 1/2, as in the homework; floor of the loss {floor:.2f}; the losses scatter around it)")
-print("\n".join(f"{epoch:5d}  {loss:13.2f}  {test:9.2f}  {excess:8.3f}" for epoch, loss, test, excess in history))
+print(f"epoch  training loss  test loss    excess  relative error   (no 1/2, as in the homework; floor of the losses: {floor:.2f})")
+print("\n".join("{:5d}  {:13.2f}  {:9.2f}  {:8.3f}  {:14.3f}".format(*line) for line in history))
 save("model.pt", lambda file: torch.save(model.state_dict(), file))
 
 @torch.no_grad()
-def score(x, sigma=args.sigma, net=model):
+def score(x, sigma=args.sigma):
     """Learned grad log q_sigma(x), (B, 2); x (B, 2) in data units. The network knows one sigma, another is a ValueError."""
-    if not (torch.as_tensor(sigma).cpu().double() - net.sigma.cpu().double()).abs().max() < 1e-6:
-        raise ValueError(f"the network was trained at sigma = {net.sigma.item():g} only")
-    return net.score_model(x)
+    if not (torch.as_tensor(sigma) - args.sigma).abs().max() < 1e-6:
+        raise ValueError(f"the network was trained at sigma = {args.sigma:g} only")
+    return model.score_model(x)
 
 # %% Checks
 angles = torch.arange(32) * math.pi / 32
@@ -272,129 +257,111 @@ def projections(x):
 def mean_sw2(pairs):
     return float(np.mean([(a - b).square().mean().sqrt() for a, b in pairs]))
 
-def noisy_data(sigma, offset):
-    """n_samples points of q_sigma, (n_samples, 2)."""
-    x = sample_data(args.n_samples, seeded(offset))
-    return x + sigma * noise_like(x, seeded(offset + 50))
-
-def sw2_to(sigma, x):
-    """Mean SW2 of sets x (sets * n_samples, 2) to 8 fresh sets of q_sigma, and the floor: that between the fresh sets."""
-    fresh = [projections(noisy_data(sigma, 300 + i)) for i in range(8)]
+def sw2_to(fresh, x):
+    """Mean SW2 of sets x (sets * n_samples, 2) to the fresh ones, and the floor: that between the fresh ones."""
+    fresh = [projections(y) for y in fresh]
     return mean_sw2(product([projections(part) for part in x.split(args.n_samples)], fresh)), mean_sw2(combinations(fresh, 2))
 
+fresh_sets = lambda sigma: [noisy_data(args.n_samples, sigma, 300 + i, 350 + i) for i in range(8)]
+
 def shares(x):
-    """Share of points x (B, 2) in the upper moon (nearer to one of its centres; 1/2 under every q_sigma), share with x_1 > 1.1."""
+    """Shares of points x (B, 2) in the upper moon (nearer to one of its centres; 1/2 under every q_sigma) and at x_1 > 1.1."""
     x = x.cpu().double()
     return (torch.cdist(x, centres).argmin(1) < 200).double().mean().item(), (x[:, 0] > 1.1).double().mean().item()
 
-def relative_error(net, x):
-    s = exact_score(x, net.sigma)
-    return ((score(x, net.sigma, net) - s).square().sum() / s.square().sum()).sqrt().item()
-
+@torch.no_grad()
 def tweedie(net, x):
     """E[x | x_noisy] = x_noisy + sigma^2 s."""
-    return x + net.sigma**2 * score(x, net.sigma, net)
+    return x + net.sigma**2 * net.score_model(x)
 
-score_err = relative_error(model, check_points(args.sigma)[0])
-view = [-1.6, 2.6, -1.85, 2.35]   # one square for every panel
-raster = lambda n: torch.cartesian_prod(torch.linspace(*view[2:], n), torch.linspace(*view[:2], n)).flip(1)   # (n^2, 2), row by row
+# (..., 2) -> (...): further than 5 (1 + sigma) from the middle of the moons, which lie within 1.9 of it; nan has left, too
+has_left = lambda x: ~((x.cpu() - centres.mean(0)).norm(dim=-1) < 5 * (1 + args.sigma))
 chains = model.sample(4 * args.n_samples, args.num_steps, args.eta, seeded(10))   # (4 n_samples, 2)
 samples = chains[:args.n_samples].cpu()
-sw2, sw2_floor = sw2_to(args.sigma, chains)
-sw2_tweedie, clean_floor = sw2_to(0.0, tweedie(model, chains))
-print(f"relative score error under q_sigma {score_err:.3f} (s = 0 has 1)")
-print(f"{args.num_steps} steps of eta {args.eta:g}: SW2 to q_sigma {sw2:.4f} (floor {sw2_floor:.4f}), upper moon {shares(chains)[0]:.3f} (1/2 is right)")
-print(f"after the Tweedie step: SW2 to the clean data {sw2_tweedie:.4f} (floor {clean_floor:.4f}); before it {sw2_to(0.0, chains)[0]:.4f}")
-
-def has_left(x, sigma=args.sigma):
-    """(..., 2) -> (...): further than 5 (1 + sigma) from the middle of the moons, which lie within 1.9 of it; nan has left."""
-    return ~((x.cpu() - torch.tensor([0.5, 0.25])).norm(dim=-1) < 5 * (1 + sigma))
+score_err = history[-1][4]
+sw2, sw2_floor = sw2_to(fresh_sets(args.sigma), chains)
+sw2_tweedie, clean_floor = sw2_to(fresh_sets(0.0), tweedie(model, chains))
+print(f"{args.num_steps} steps of eta {args.eta:g}: SW2 to q_sigma {sw2:.4f} (floor {sw2_floor:.4f}), upper moon {shares(chains)[0]:.3f}")
+print(f"after the Tweedie step: SW2 to the clean data {sw2_tweedie:.4f} (floor {clean_floor:.4f})")
 
 # Number of steps and eta
 STEPS, ETAS = (10, 100, 1000), [share * limit for share in (1 / 80, 1 / 8, 5 / 8, 3 / 2)]
-right_end = shares(noisy_data(args.sigma, 400))[1]
 x0 = (2 * torch.rand(args.n_samples, 2, generator=seeded(20)) - 1).to(device)
 grid, walks = {}, {}
-print("\nLangevin dynamics from U[-1, 1]; at each number of steps: SW2/floor to q_sigma (one set: +-30 %), share in the upper moon (right: 0.5),")
-print(f"share with x_1 > 1.1 (right: {right_end:.2f}). Too few steps: not mixed; too large an eta: too wide; from the limit eta = {limit:.3g} on: divergence.")
+print("\nFrom U[-1, 1]: SW2/floor to q_sigma (one set: +-30 %), share of the chains in the upper moon and at the right end (x_1 > 1.1);")
+print(f"expected: 1, 0.5, {shares(fresh_sets(args.sigma)[0])[1]:.2f} (few steps: not mixed; large eta: too wide, then chains leave)")
 for eta in ETAS:
     path = torch.stack([x0, *langevin(model.score_model, x0, max(STEPS), eta, seeded(21))]).cpu()   # (steps + 1, n_samples, 2)
     left = has_left(path).cumsum(0) > 0                                                             # (steps + 1, n_samples)
-    walks[eta], cells = path[:201, :4], []
     for count in STEPS:
-        stays, lost = path[count][~left[count]], left[count].float().mean().item()
-        ratio = math.inf if lost else sw2_to(args.sigma, stays)[0] / sw2_floor
-        report = f"SW2/floor {ratio:.2f}, upper {shares(stays)[0]:.2f}, right {shares(stays)[1]:.2f}"
-        if lost:
-            report = f"{100 * lost:.1f} % left, first at step {left.any(1).int().argmax().item()}"
-        grid[eta, count] = stays, ratio, report
-        cells.append(f"{count}: {report}")
-    print(f"eta {eta:6.4f} = {eta / limit:5.3f} of the limit   " + "   ".join(cells))
-far = [has_left(x).float().mean().item() for x in langevin(lambda x: exact_score(x, args.sigma), x0[:500], 100, ETAS[3], seeded(22))]
-print(f"the last eta with the exact score: {100 * far[9]:.1f} % left after 10 steps, {100 * far[-1]:.1f} % after 100")
+        ratio = np.divide(*sw2_to(fresh_sets(args.sigma), path[count]))
+        report = "SW2/floor {:.2f}, upper {:.2f}, right {:.2f}".format(ratio, *shares(path[count]))
+        if left[count].any():
+            report = f"{100 * left[count].float().mean().item():.1f} % left, first at step {left.any(1).int().argmax()}"
+        grid[eta, count] = path[count][~left[count]], report
+    walks[eta] = path[:201, :4]
+    print(f"eta {eta:6.4f} = {eta / limit:5.3f} of the limit   " + "   ".join(f"{count}: {grid[eta, count][1]}" for count in STEPS))
 
 # Bias: on N(0, V) the chain settles at V/(1 - eta/4V) (theory.md 6.2). V as thin as the noised moons, 20000 chains for each eta.
 V, count = args.sigma**2 + TAU**2, 20000
-bias_etas = limit * torch.linspace(0.05, 0.95, 10, dtype=torch.float64)   # (10,)
-predicted = V / (1 - bias_etas / (4 * V))
-*_, x = langevin(lambda x: -x / V, torch.zeros(10, count, dtype=torch.float64), 200, bias_etas[:, None], seeded(30))
-measured = x.square().mean(1)                                             # (10,) the mean is known to be 0
+bias_etas = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)   # (10,) in units of the limit 4V
+*_, x = langevin(lambda x: -x / V, torch.zeros(10, count, dtype=torch.float64), 200, 4 * V * bias_etas[:, None], seeded(30))
+predicted, measured = 1 / (1 - bias_etas), x.square().mean(1) / V   # (10,) in units of V; the mean is known to be 0
 bias_se = ((measured / predicted - 1) / math.sqrt(2 / count)).abs().max().item()
-print(f"\nvariance of Langevin dynamics on N(0, V) against V/(1 - eta/4V), 10 eta: largest deviation {bias_se:.1f} standard errors (below 3 is right)")
+print(f"\nvariance of Langevin dynamics on N(0, V) against V/(1 - eta/4V): off by at most {bias_se:.1f} standard errors (good: below 3)")
 
-# Acceptance of MALA on N(0, I) in d = 100, chains at their law from the start: 2 Phi(-sqrt(eta^3 d) / 8) for large d.
-d, mala_etas = 100, np.linspace(0.1, 1.2, 12)
+# Acceptance of MALA on N(0, I) in d = 100, chains at their law from the start: 2 Phi(-sqrt(eta^3 d) / 8), theory.md 6.3.
+d, mala_etas, acceptance = 100, np.linspace(0.1, 1.2, 12), []
 formula = [math.erfc(math.sqrt(eta**3 * d) / 8 / math.sqrt(2)) for eta in mala_etas]
 start = noise_like(torch.empty(500, d, dtype=torch.float64), seeded(32))
-standard_normal = lambda x: (-x.square().sum(1) / 2, -x)
-acceptance = [np.mean([accepted.double().mean() for _, accepted in mala(standard_normal, start, 40, eta, seeded(33))]) for eta in mala_etas]
+for eta in mala_etas:
+    _, accepted = zip(*mala(lambda x: (-x.square().sum(1) / 2, -x), start, 40, eta, seeded(33)))
+    acceptance.append(torch.stack(accepted).double().mean().item())
 mala_gap = np.abs(np.subtract(acceptance, formula)).max()
-print(f"acceptance of MALA in d = {d} against its formula, 12 eta: largest difference {mala_gap:.4f} (below 0.02 is right)")
+print(f"acceptance of MALA in d = {d} against its formula: off by at most {mala_gap:.4f} (good: below 0.02)")
 
-# Variants on a Gaussian as long (1) and as thin (V) as a moon
+# Variants on a Gaussian as long (variance 1) and as thin (V) as a moon, lying askew
 lengths, turn = torch.tensor([1.0, V], dtype=torch.float64), math.sqrt(0.5) * torch.tensor([[1.0, -1], [1, 1]], dtype=torch.float64)
+Sigma = lambda power: turn * lengths**power @ turn.T   # (2, 2) the covariance to a power
+gaussian = lambda x: (-(x @ Sigma(-1) * x).sum(1) / 2, -x @ Sigma(-1))
 x0, CALLS = 2 * torch.rand(4 * args.n_samples, 2, generator=seeded(34), dtype=torch.float64) - 1, 100
-fresh = [projections((noise_like(x0[:args.n_samples], seeded(500 + i)) * lengths.sqrt() @ turn.T).float()) for i in range(8)]
-gauss_floor = mean_sw2(combinations(fresh, 2))
-print(f"\n{CALLS} score calls on N(0, Sigma), variances 1 and {V:.3g}, from U[-1, 1]. eta as a share of the limit of each method, 4 / largest eigenvalue")
-print("of M Sigma^-1; variances relative to Sigma's; a temperature of 1/2 halves them on purpose")
+fresh = [(noise_like(x0[:args.n_samples], seeded(500 + i)) * lengths.sqrt() @ turn.T).float() for i in range(8)]
+print(f"\n{CALLS} score calls from U[-1, 1] on N(0, Sigma): variances as multiples of Sigma's 1 (long) and {V:.3g} (thin; a temperature of")
+print("1/2 halves both), eta also as a share of the stability limit 4 / largest eigenvalue of M Sigma^-1")
 print("method                              eta   share   accepted   long   thin   SW2/floor")
-for name, power, share, noise_scale in [("Langevin", 0, 1 / 8, 1), ("Langevin", 0, 5 / 8, 1), ("Langevin, noise_scale 1/2", 0, 1 / 8, 0.5),
-                                        ("MALA", 0, 1 / 8, 1), ("MALA", 0, 5 / 8, 1), ("Langevin, M = Sigma", 1, 1 / 8, 1), ("MALA, M = Sigma", 1, 5 / 8, 1),
-                                        ("Langevin, M = Sigma^-1 (003)", -1, 1 / 8, 1)]:
-    root, inverse = (turn * lengths ** (sign * power / 2) @ turn.T for sign in (1, -1))   # M^(1/2), M^(-1/2), M = Sigma^power
+for name, power, share, noise_scale in [   # M = Sigma^power
+        ("Langevin", 0, 1 / 8, 1), ("Langevin", 0, 5 / 8, 1), ("Langevin, noise_scale 1/2", 0, 1 / 8, 0.5),
+        ("MALA", 0, 1 / 8, 1), ("MALA", 0, 5 / 8, 1), ("Langevin, M = Sigma", 1, 1 / 8, 1), ("MALA, M = Sigma", 1, 5 / 8, 1),
+        ("Langevin, M = Sigma^-1 (003)", -1, 1 / 8, 1)]:
     eta = 4 * share * (lengths ** (1 - power)).min().item()
-    log_density = whitened(lambda x: (-0.5 * ((x @ turn) ** 2 / lengths).sum(1), -(x @ turn) / lengths @ turn.T), root)
+    log_density, y0 = whitened(gaussian, Sigma(power / 2)), x0 @ Sigma(-power / 2)
     if name.startswith("MALA"):
-        states, accepts = zip(*mala(log_density, x0 @ inverse, CALLS - 1, eta, seeded(35)))   # the start costs a call
-        y, accepted = states[-1], f"{np.mean([a.double().mean() for a in accepts]):.3f}"
+        states, accepts = zip(*mala(log_density, y0, CALLS - 1, eta, seeded(35)))   # the start costs a call
+        y, accepted = states[-1], f"{torch.stack(accepts).double().mean():.3f}"
     else:
-        *_, y = langevin(lambda y: log_density(y)[1], x0 @ inverse, CALLS, eta, seeded(35), noise_scale)
+        *_, y = langevin(lambda y: log_density(y)[1], y0, CALLS, eta, seeded(35), noise_scale)
         accepted = "-"
-    x = y @ root
-    ratio = (x @ turn).var(0) / lengths
-    distance = mean_sw2(product([projections(part.float()) for part in x.split(args.n_samples)], fresh)) / gauss_floor
-    print(f"{name:29s} {eta:9.3g} {share:7.3f} {accepted:>10s} {ratio[0]:6.2f} {ratio[1]:6.2f} {distance:11.2f}")
-
-x0 = noisy_data(args.sigma, 401)
-*_, ula = langevin(lambda x: exact_score(x, args.sigma), x0, 50, ETAS[2], seeded(36))
-states, accepts = zip(*mala(lambda x: exact_density(x, args.sigma)[:2], x0, 50, ETAS[2], seeded(36)))
-thickness = [torch.cdist(x.double(), centres).amin(1).square().mean().item() for x in (x0, ula, states[-1])]
-print(f"exact score of the noised moons, 50 steps of eta {ETAS[2]:.3g} from q_sigma: mean square distance to the curve becomes {thickness[1] / thickness[0]:.2f} times "
-      f"its value with Langevin,\n{thickness[2] / thickness[0]:.2f} times with MALA (accepted {np.mean([a.double().mean() for a in accepts]):.3f})")
+    x = y @ Sigma(power / 2)
+    long, thin = (x @ turn).var(0) / lengths
+    ratio = np.divide(*sw2_to(fresh, x.float()))
+    print(f"{name:29s} {eta:9.3g} {share:7.3f} {accepted:>10s} {long:6.2f} {thin:6.2f} {ratio:11.2f}")
 
 # What one sigma can and cannot do: the same training and the same share of the stability limit at other sigmas.
-print("\nsigma: score error under q_sigma, on the plane; SW2/floor to q_sigma, to the data, and after the Tweedie step; upper moon (right: 0.5); left")
+view = [-1.6, 2.6, -1.85, 2.35]   # one square of the plane for every panel
+raster = lambda n: torch.cartesian_prod(torch.linspace(*view[2:], n), torch.linspace(*view[:2], n)).flip(1)   # (n^2, 2), row by row
+print("\nsigma  error: under q_sigma  on the plane  SW2/floor: to q_sigma  to the data  after Tweedie  upper moon (expected: 0.5)")
 row = {}
 for sigma in (0.03, 0.1, 0.3, 1.0):
-    net = model if sigma == args.sigma else train(sigma)[0]
-    errors = [relative_error(net, points.to(device)) for points in (check_points(sigma)[0], raster(60))]
-    x = chains if net is model else net.sample(2 * args.n_samples, args.num_steps, args.eta / limit * 4 * (sigma**2 + TAU**2), seeded(40))
-    left = has_left(x, sigma).to(device)
-    x = torch.where(left[:, None], centres.mean(0).to(x), x)   # to the middle of the moons, or one chain would make SW2 infinite
-    clean, (to_q, floor_q) = tweedie(net, x), sw2_to(sigma, x)
-    row[sigma] = (x, clean, *errors, to_q / floor_q, sw2_to(0.0, x)[0] / clean_floor, sw2_to(0.0, clean)[0] / clean_floor)
-    print(f"{sigma:5g}: {errors[0]:.3f}  {errors[1]:.3f};  " + "  ".join(f"{value:.2f}" for value in row[sigma][4:]) + f";  {shares(x)[0]:.3f};  {left.float().mean():.4f}")
+    net, rows, x = model, history, chains
+    if sigma != args.sigma:
+        net, _, rows = train(sigma)
+        x = net.sample(2 * args.n_samples, args.num_steps, args.eta / limit * 4 * (sigma**2 + TAU**2), seeded(40))
+    points, clean = raster(60).to(device), tweedie(net, x)
+    s = exact_score(points, sigma)
+    plane = ((net.score_model(points) - s).square().sum() / s.square().sum()).sqrt().item()
+    to_q, to_data, denoised = (np.divide(*sw2_to(fresh_sets(level), y)) for level, y in ((sigma, x), (0.0, x), (0.0, clean)))
+    row[sigma] = x, clean, rows[-1][4], plane, to_q, to_data, denoised
+    print("{:5g}{:21.3f}{:14.3f}{:21.2f}{:13.2f}{:15.2f}{:13.3f}".format(sigma, *row[sigma][2:], shares(x)[0]))
 
 save("samples.npy", lambda file: np.save(file, samples.numpy()))
 
@@ -415,40 +382,40 @@ fig, axs = plt.subplots(1, 3, figsize=(11, 4.2))
 panel(axs[0], rf"training points (blue), noised with $\sigma$ = {args.sigma:g} (grey)",
       (x_data[:2000] + args.sigma * noise_like(x_data[:2000], seeded(50)), GREY), (x_data[:2000], BLUE))
 points = raster(18)
-fields = {"exact": exact_score(points, args.sigma), "learned": score(points.to(device)).cpu()}
-cap = fields["exact"].norm(dim=1).quantile(0.25).item()
-for ax, (name, v) in zip(axs[1:], fields.items()):
+exact, learned = exact_score(points, args.sigma), score(points.to(device)).cpu()
+cap = exact.norm(dim=1).quantile(0.25).item()
+for ax, name, v, colour in (axs[1], "exact", exact, BLUE), (axs[2], "learned", learned, ORANGE):
     v = v * (cap / v.norm(dim=1, keepdim=True)).clamp(max=1)
     shade(ax)
-    ax.quiver(*points.T.numpy(), *v.T.numpy(), angles="xy", scale_units="xy", scale=5 * cap, width=0.006, color=BLUE if name == "exact" else ORANGE)
+    ax.quiver(*points.T.numpy(), *v.T.numpy(), angles="xy", scale_units="xy", scale=5 * cap, width=0.006, color=colour)
     panel(ax, rf"{name} score $\nabla\log q_\sigma$")
-fig.suptitle(f"Score over the density of the noised data (long arrows cut): relative error {score_err:.2f} under it, {relative_error(model, raster(60).to(device)):.2f} on this plane")
+fig.suptitle(f"Score over the density of the noised data (long arrows cut): relative error {score_err:.2f} under it")
 save("fields.png", fig.savefig)
 
 fig, axs = plt.subplots(3, 4, figsize=(10, 8.2))
-for row_axs, count in zip(axs, STEPS):
-    for ax, eta in zip(row_axs, ETAS):
-        stays, _, report = grid[eta, count]
-        panel(ax, f"{count} steps, " + rf"$\eta$ = {eta:.3g}" + f"\n{report}", (stays, ORANGE))
-        ax.title.set_fontsize(8)
-fig.suptitle(rf"Langevin dynamics with the learned score, started from $U[-1,1]^2$; it is stable below $\eta=4(\sigma^2+\tau^2)$ = {limit:.3g}")
+for ax, (count, eta) in zip(axs.flat, product(STEPS, ETAS)):
+    stays, report = grid[eta, count]
+    panel(ax, f"{count} steps, " + rf"$\eta$ = {eta:.3g}" + f"\n{report}", (stays, ORANGE))
+    ax.title.set_fontsize(8)
+fig.suptitle(rf"Langevin dynamics with the learned score, started from $U[-1,1]^2$; stable below $\eta=4(\sigma^2+\tau^2)$ = {limit:.3g}")
 save("grid.png", fig.savefig)
 
 fig, axs = plt.subplots(2, 4, figsize=(11, 6.2))
-for ax, below, (sigma, (x, clean, error, plane, to_q, to_data, denoised)) in zip(*axs, row.items()):
+for ax, below, (sigma, (x, clean, error, plane, _, to_data, denoised)) in zip(*axs, row.items()):
     panel(ax, rf"$\sigma$ = {sigma:g}: score error {error:.2f}," + f"\non the whole plane {plane:.2f}", (x[:args.n_samples], ORANGE))
-    panel(below, f"SW2/floor to the data:\n{to_data:.1f} above, {denoised:.1f} denoised", (sample_data(args.n_samples, seeded(51)), BLUE), (clean[:args.n_samples], ORANGE))
+    panel(below, f"SW2/floor to the data:\n{to_data:.1f} above, {denoised:.1f} denoised",
+          (sample_data(args.n_samples, seeded(51)), BLUE), (clean[:args.n_samples], ORANGE))
 fig.suptitle(r"One noise level: samples follow $q_\sigma$ (top); one Tweedie step $x+\sigma^2 s$ (bottom, data in blue)")
 save("sigma_row.png", fig.savefig)
 
 fig, axs = plt.subplots(1, 3, figsize=(11, 3.6))
-epochs, losses, test_losses, excesses = zip(*history)
+epochs, losses, test_losses, excesses, _ = zip(*history)
 axs[0].plot(epochs, losses, "o-", color=ORANGE, label="training loss")
 axs[0].plot(epochs, test_losses, "s--", color=GREY, label="test loss")
 axs[0].axhline(floor, color=BLUE, ls="--", label="floor: loss of the exact score")
 axs[0].set(xlabel="epoch", title=f"The loss ends on its floor; excess {excesses[-1]:.2f}")
-axs[1].plot((bias_etas / limit).numpy(), (predicted / V).numpy(), color=BLUE, label=r"$1/(1-\eta/4V)$")
-axs[1].plot((bias_etas / limit).numpy(), (measured / V).numpy(), "o", color=ORANGE, label="measured")
+axs[1].plot(bias_etas.numpy(), predicted.numpy(), color=BLUE, label=r"$1/(1-\eta/4V)$")
+axs[1].plot(bias_etas.numpy(), measured.numpy(), "o", color=ORANGE, label="measured")
 axs[1].set(xlabel=r"$\eta$ / stability limit $4V$", yscale="log", title=r"Variance / $V$ of Langevin dynamics on $N(0,V)$")
 axs[2].plot(mala_etas, formula, color=BLUE, label=r"$2\Phi(-\sqrt{\eta^3d}/8)$")
 axs[2].plot(mala_etas, acceptance, "o", color=ORANGE, label="measured")
@@ -461,8 +428,7 @@ fig, axs = plt.subplots(1, 3, figsize=(11, 4.2))
 for ax, eta in zip(axs, ETAS):
     shade(ax)
     for walk, colour in zip(walks[eta].unbind(1), [ORANGE, BLUE, "#009E73", "#CC79A7"]):
-        ax.plot(*walk.T.numpy(), lw=0.8, color=colour)
-        ax.plot(*walk[0].numpy(), "o", color=colour, mec="black")
+        ax.plot(*walk.T.numpy(), "o-", markevery=[0], mec="black", lw=0.8, color=colour)   # a dot where it starts
     panel(ax, rf"$\eta$ = {eta:.3g}, {eta / limit:.3g} of the limit")
 fig.suptitle("200 Langevin steps of four chains over the density of the noised data: too short, good, so long that it overshoots")
 save("trajectories.png", fig.savefig)
