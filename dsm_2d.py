@@ -94,7 +94,10 @@ def seeded(offset):
     return torch.Generator().manual_seed(10**6 * args.seed + offset)
 
 def sample_data(n, generator):
-    """n i.i.d. points (n, 2): a random centre plus its noise. (make_moons' even spacing would make the floor of SW2 far too low.)"""
+    """n i.i.d. points (n, 2): a random centre plus its noise. 000's sample_gmm2 and sample_two_moons in one.
+
+    make_moons itself spaces its points evenly, so that two of its sets are nearer to each other than two random ones.
+    """
     k = torch.randint(len(centres), (n,), generator=generator)
     z = torch.randn(n, 2, generator=generator, dtype=torch.float64)
     return (centres[k] + torch.einsum("bij,bj->bi", axes[k], variances[k].sqrt() * z)).float()
@@ -237,7 +240,7 @@ weight = sigmas ** WEIGHT_POWER[args.w_mode]   # (T,)
 floor = (weight / 2 * (2 / sigmas**2 + level_mean(check_laplacian)[::2])).mean().item()
 limit = 100 * max(floor, (weight / 2 * squared_error(model)[::2]).mean().item())   # an excess above this is a divergence
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # at 10 it divides by 0
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # 10 divides by 0
 # The decay grows as (1 + n)/(10 + n) to 0.995: at a constant 0.999, 82 % of the average is still the start after 200 steps.
 ema = AveragedModel(model, avg_fn=lambda old, new, n: torch.lerp(old, new, 1 - min(0.995, (1 + n.item()) / (10 + n.item()))))
 x_data = x_data.to(device)
@@ -362,7 +365,8 @@ def vp_sampler(score, x, alphas, sigmas, generator, ddim=False):
 relative_error = (squared_error(model) / level_mean(check_score.square().sum(-1))).sqrt().cpu().numpy()   # (2T - 1,)
 log_sigma = check_levels.log().cpu().numpy()
 score_err = np.trapezoid(relative_error, log_sigma) / (log_sigma[-1] - log_sigma[0])   # mean over log sigma: any schedule
-print("\nsigma: relative score error sqrt(E||s - s*||^2 / E||s*||^2) under q_sigma, 1 for s = 0; every other sigma lies between two levels")
+print("\nsigma: relative score error sqrt(E||s - s*||^2 / E||s*||^2) under q_sigma, 1 for s = 0. Every other sigma lies between")
+print(f"two levels. Each error is from {len(check_x) // len(check_levels)} points: where one of them lies far out, the error jumps.")
 entries = [f"{s:7.3g}: {e:.3f}" for s, e in zip(check_levels.tolist(), relative_error)]
 print("\n".join("  ".join(entries[i:i + 8]) for i in range(0, len(entries), 8)))
 
@@ -469,14 +473,16 @@ save("generation.png", fig.savefig)
 
 fig, axs = plt.subplots(1, 3, figsize=(11, 3.4))
 steps, losses, excesses = zip(*history)
-axs[0].plot(steps, losses, "o-", color=ORANGE)
-axs[0].axhline(floor, color=BLUE, ls="--")
-axs[0].set(xlabel="step (dashed: the floor, loss of the exact score)", title=f"Training loss (weight {args.w_mode}): flat on its floor")
+axs[0].plot(steps, losses, "o-", color=ORANGE, label="loss")
+axs[0].axhline(floor, color=BLUE, ls="--", label="floor: loss of the exact score")
+axs[0].set(xlabel="step", title=f"Training loss (weight {args.w_mode}): flat on its floor")
 axs[1].semilogy(steps, excesses, "o-", color=ORANGE)
 axs[1].set(xlabel="step", title=r"What is learned: excess $E\,\frac{\lambda}{2}\|s-s^*\|^2$")
-axs[2].loglog(check_levels.tolist(), relative_error, "o-", ms=3, markevery=2, color=ORANGE)
-axs[2].axhline(1, color=GREY, ls="--")
-axs[2].set(xlabel=r"$\sigma$ (dots: trained levels; dashed: $s=0$)", title=r"Relative score error under $q_\sigma$")
+axs[2].loglog(check_levels.tolist(), relative_error, "o-", ms=3, markevery=2, color=ORANGE, label="dots: trained levels")
+axs[2].axhline(1, color=GREY, ls="--", label=r"$s=0$")
+axs[2].set(xlabel=r"$\sigma$", title=r"Relative score error under $q_\sigma$")
+for ax in axs[::2]:
+    ax.legend()
 save("training.png", fig.savefig)
 
 summary = dict(data=args.data, seed=args.seed, steps=args.steps, w_mode=args.w_mode, schedule=args.schedule, T=args.T, sampler=args.sampler,

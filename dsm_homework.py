@@ -116,8 +116,10 @@ def noise_like(x, generator):
 @torch.no_grad()
 def langevin(score, x, num_steps, eta, generator=None, noise_scale=1.0):
     """Yields the state x + (eta/2) s(x) + sqrt(eta noise_scale) z after each step; x (B, ...). theory.md 6.1.
+
     It samples q_sigma, whose score it is given, not the data (001 does not say so), and for eta > 0 only nearly. noise_scale
-    is a temperature: the density becomes q^(1/noise_scale). 003's two formulas differ by eta = 2 epsilon."""
+    is a temperature: the density becomes q^(1/noise_scale). 003's two formulas differ by eta = 2 epsilon.
+    """
     for _ in range(num_steps):
         x = x + eta / 2 * score(x) + (eta * noise_scale) ** 0.5 * noise_like(x, generator)
         yield x
@@ -125,8 +127,10 @@ def langevin(score, x, num_steps, eta, generator=None, noise_scale=1.0):
 @torch.no_grad()
 def mala(log_density, x, num_steps, eta, generator=None):
     """Yields (state, accepted (B,)): Langevin proposals with the Metropolis-Hastings test; log_density(x) -> log q (B,), score.
+
     Exact for every eta, but it needs log q: differences of log q cannot be had from a free network, whose field need not be
-    a gradient. Each chain has its own test: 003 adds the log ratios of the whole batch, and then hardly anything is accepted."""
+    a gradient. Each chain has its own test: 003 adds the log ratios of the whole batch, and then hardly anything is accepted.
+    """
     log_q, s = log_density(x)
     for _ in range(num_steps):
         y = x + eta / 2 * s + math.sqrt(eta) * noise_like(x, generator)
@@ -139,7 +143,9 @@ def mala(log_density, x, num_steps, eta, generator=None):
 
 def whitened(log_density, root):
     """log_density of y = root^-1 x, whose Langevin dynamics is, in x, preconditioned: x + (eta/2) M s + sqrt(eta) root z.
-    M = root root^T should be near the covariance; with its inverse, as 003 has it, things get worse (theory.md 6.5)."""
+
+    M = root root^T should be near the covariance; with its inverse, as 003 has it, things get worse (theory.md 6.5).
+    """
     def of_y(y):
         log_q, s = log_density(y @ root.T)
         return log_q, s @ root
@@ -161,8 +167,10 @@ class DenoisingScoreMatcher(nn.Module):
 
     def forward(self, x, generator=None):
         """||s(x + sigma eps) + eps/sigma||^2 coordinate by coordinate, of x's shape; the homework's form, without 1/2.
+
         The target is the gradient of log k(x_noisy | x) (001 leaves out the gradient sign); what is learned is its mean over
-        all x behind x_noisy, the score of q_sigma (theory.md 4.1)."""
+        all x behind x_noisy, the score of q_sigma (theory.md 4.1).
+        """
         eps = noise_like(x, generator)
         noisy_x = x + self.sigma * eps
         return (self.score_model(noisy_x) + eps / self.sigma).square()
@@ -213,7 +221,7 @@ def train(sigma):
     too_large = 100 * max(floor, excess().item())                                # beyond this it has diverged
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr, fused=True)
     steps = args.epochs * math.ceil(len(x_data) / args.batch)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps + 10, pct_start=0.1)   # 10 itself fails
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps + 10, pct_start=0.1)   # 10 divides by 0
     for epoch in (bar := tqdm(range(1, args.epochs + 1), desc=f"training, sigma {sigma:g}", mininterval=0.5)):
         for x in x_data[torch.randperm(len(x_data), device=device)].split(args.batch):
             loss = matcher.loss(x)["total_loss"]
@@ -278,6 +286,8 @@ def tweedie(net, x):
 has_left = lambda x: ~((x.cpu() - centres.mean(0)).norm(dim=-1) < 5 * (1 + args.sigma))
 chains = model.sample(4 * args.n_samples, args.num_steps, args.eta, seeded(10))   # (4 n_samples, 2)
 samples = chains[:args.n_samples].cpu()
+if not (chains.abs() < 1000).all():
+    sys.exit(f"Langevin dynamics diverged on the learned score: take an --eta below {args.eta:g}, or train longer")
 score_err = history[-1][4]
 sw2, sw2_floor = sw2_to(fresh_sets(args.sigma), chains)
 sw2_tweedie, clean_floor = sw2_to(fresh_sets(0.0), tweedie(model, chains))

@@ -192,7 +192,7 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h, embedding)))
 
 class UNet(ConditionedSimpleResnet):
-    """003's U-Net for 28 pixels, (B, C, H, W), level index (B,) -> (B, C, H, W): its blocks, its embedding, one skip per scale."""
+    """003's U-Net for 28 pixels, (B, C, H, W), level index (B,) -> (B, C, H, W): its blocks, its embedding, one skip."""
     def __init__(self, channels, dim, n_blocks, sigmas, embed_dim=64):
         super().__init__(channels, channels, dim, n_blocks, embed_dim, ResBlock)
         angles = sigmas.log()[:, None] * torch.linspace(0.125, 2, 16)   # (T, 16); to 003's sin(2^k pi sigma), 2, 4 and 10 are one
@@ -472,7 +472,7 @@ picture("interpolation.png", (10, 5.2), (2, 1),
          ["real", *level_names(starts)], []))
 
 rows = {f"{name}, {calls(name)}": (path if name == args.sampler else generate(name, pure_noise[:20]))[-1][:20] for name in SAMPLERS}
-picture("samplers.png", (10, 3), (1, 1), (torch.stack([*rows.values()]), "One network, four samplers: how often they call it", [], [*rows]))
+picture("samplers.png", (10, 3), (1, 1), (torch.stack([*rows.values()]), "One network, four samplers: times each calls it", [], [*rows]))
 
 fig, axs = plt.subplots(1, 2, figsize=(10, 3.6))
 log = np.array(history).reshape(-1, 3)   # step, loss, held-out loss

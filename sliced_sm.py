@@ -271,6 +271,7 @@ def score(x, net=model):
     return net(x)
 
 # %% Sampling
+@torch.no_grad()
 def langevin_dynamics(score, x, eta, K, generator):
     """K steps x + (eta/2) s + sqrt(eta) z, which end in the law with this score up to a bias of order eta."""
     for _ in range(K):
