@@ -7,7 +7,6 @@ Reads beside: notes 001 problem 2; 002 part 1.3 and closing question; 003 sectio
     python implicit_sm.py --help                        # every setting with its unit, range and default
 
 All data are mixtures of Gaussians, so densities and scores are known, and every identity is checked by quadrature.
-
 A good run takes 47 s and ends like this (2 CPU cores, Python 3.11, torch 2.13.0; errors: 0 is perfect, 1 is what s = 0 has):
     seed=0 steps=700 activation=silu err_1d=0.0603 err_relu=0.8784 err_2d=0.0441 err_hutchinson=0.0557
     err_few=23.01 err_dsm=0.2159 identities=8e-11 kernels=0.0389 uniform=1.0 SW2=0.0846 floor=0.0714 train_s=21.3
@@ -72,8 +71,7 @@ try:
 except OSError as error:
     parser.error(f"argument --outdir: cannot write to {args.outdir!r} ({error.strerror})")
 if args.activation == "relu":
-    warnings.warn("relu: autograd does not see that the jumps of ds/dx move with the weights, so the gradient of the trace is "
-                  "biased and implicit score matching learns something else (theory.md 3.6); its kinks spoil the quadrature of the bridge, too")
+    warnings.warn("relu: autograd does not see the jumps of ds/dx move: a biased gradient, so something else is learned (theory.md 3.6)")
 torch.manual_seed(args.seed)
 torch.set_num_threads(1)   # as fast as 2 for so small a network, and not 10 times slower when another program is busy
 
@@ -84,20 +82,18 @@ law2 = (tensor([-2.0, 0.0], [2.0, 0.0]), tensor(0.5, 0.5), tensor(1.0, 1.0))   #
 noisy_law1 = (*law1[:2], (law1[2] ** 2 + args.sigma**2).sqrt())                # q: law1 convolved with N(0, sigma^2)
 
 def gmm(x, means, weights, stds):
-    """log p (...,) and grad log p (..., d) of a mixture at x (..., d), through the softmax of the log densities.
-
-    003 adds 1e-8 to the density instead, after which the score at (10, 0) is -5e-6 and not -8.
-    """
+    """log p (...,) and grad log p (..., d) of a mixture at x (..., d)."""
     if x.shape[-1] != means.shape[-1]:
         raise ValueError(f"points of dimension {x.shape[-1]} for a mixture of dimension {means.shape[-1]}")
-    z = (means - x[..., None, :]) / stds[:, None]                                                     # (..., K, d)
+    z = (means - x[..., None, :]) / stds[:, None]   # (..., K, d)
     log_pk = weights.log() - 0.5 * z.square().sum(-1) - x.shape[-1] * (math.sqrt(2 * math.pi) * stds).log()   # (..., K)
+    # 003 has no softmax, it divides by the density + 1e-8: its score at (10, 0) is then -5e-6 and not -8
     return log_pk.logsumexp(-1), (log_pk.softmax(-1)[..., None] * z / stds[:, None]).sum(-2)
 
 def gmm_score(x, means, weights, stds=1.0):
     """003's gmm_score at x (..., d), with means and weights that may be lists as there; stds a number or (K,)."""
-    means, weights = torch.stack(list(means)), torch.as_tensor(weights)
-    return gmm(x, means, weights, torch.as_tensor(stds, dtype=means.dtype).expand(len(means)))[1].to(x.dtype)
+    means = torch.stack(list(means))
+    return gmm(x, means, torch.as_tensor(weights), stds * means.new_ones(len(means)))[1].to(x.dtype)
 
 def sample_gmm(n, law, generator):
     """n i.i.d. points (n, d) of a mixture."""
@@ -107,15 +103,16 @@ def sample_gmm(n, law, generator):
 
 def panels(breaks, order=12):
     """Gauss-Legendre nodes and weights (N,) for each interval between breaks; a kink or jump has to be one of them."""
-    (u, w), breaks = np.polynomial.legendre.leggauss(order), np.unique(np.append(breaks, []))
-    half, middle = np.diff(breaks)[:, None] / 2, (breaks[1:] + breaks[:-1])[:, None] / 2
+    (u, w), ends = np.polynomial.legendre.leggauss(order), np.unique(breaks)   # np.unique sorts
+    half, middle = np.diff(ends)[:, None] / 2, (ends[1:] + ends[:-1])[:, None] / 2
     return torch.tensor((middle + half * u).ravel()), torch.tensor((half * w).ravel())
 
 def nodes(law, *kinks):
     """Points x (N, d) and weights P (N,) with which sum(P f(x)) = E f(x) under a mixture, d = 1 or 2."""
-    u, w = panels([*np.linspace(-12, 12, 97), *kinks] if law[0].shape[1] == 1 else np.linspace(-9, 9, 19))
-    x, w = (u[:, None], w) if law[0].shape[1] == 1 else (torch.cartesian_prod(u, u), torch.outer(w, w).flatten())
-    return x, w * gmm(x, *law)[0].exp()
+    d = law[0].shape[1]
+    u, w = panels([*np.linspace(-12, 12, 97), *kinks] if d == 1 else np.linspace(-9, 9, 19))
+    x, w = (torch.cartesian_prod(*[v] * d).view(-1, d) for v in (u, w))   # (N, d)
+    return x, w.prod(1) * gmm(x, *law)[0].exp()
 
 def seeded(offset):
     """A generator of its own for evaluation and sampling, so that looking at the model does not change its training."""
@@ -126,54 +123,52 @@ x1_data, x_data = sample_gmm(args.n, law1, seeded(0)), sample_gmm(args.n, law2, 
 
 # %% Loss
 def implicit_loss(model, x):
-    """|s|^2 / 2 + tr ds/dx at each point, x (B, d) -> (B,); theory.md 3.
-
-    vjp gives v -> v^T ds/dx. 003's loop asks torch.autograd.grad(s[:, i].sum(), x, create_graph=True) for row i and keeps its
-    entry i: the same d backward passes, but it leaves requires_grad on the caller's x and fails under no_grad.
-    """
-    s, pullback = vjp(model, x)   # (B, d)
-    units = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    return 0.5 * s.square().sum(-1) + sum(pullback(e.expand_as(x))[0][:, i] for i, e in enumerate(units))
+    """|s|^2 / 2 + tr ds/dx at each point, x (B, d) -> (B,); theory.md 3."""
+    s, pullback = vjp(model, x)   # s (B, d); pullback(v) is v^T ds/dx, in a tuple
+    # 003's loop asks torch.autograd.grad(s[:, i].sum(), x, create_graph=True) for row i of ds/dx and keeps its entry i:
+    # the same d backward passes, but it leaves requires_grad on the caller's x and fails under no_grad
+    trace = sum(pullback(unit.expand_as(x))[0][:, i] for i, unit in enumerate(torch.eye(x.shape[1]).to(x)))   # (B,)
+    return 0.5 * s.square().sum(-1) + trace
 
 def compute_score_matching_loss(model, x):
     """Implicit score matching with the exact trace, d backward passes; x (B, d) -> scalar. 003 section 4.2.1."""
     return implicit_loss(model, x).mean()
 
-def compute_score_matching_loss_hutchinson(model, x, n_hutchinson=1):
-    """The same with tr ds/dx estimated by the mean of v^T (ds/dx) v, E[v v^T] = I: n_hutchinson backward passes.
-
-    v has entries -1 and 1: unlike 003's Gaussian v they add no variance from the diagonal of ds/dx, so none at all in 1-D.
-    """
+def compute_score_matching_loss_hutchinson(model, x, n_hutchinson=args.n_hutchinson):
+    """The same with tr ds/dx estimated by the mean of v^T (ds/dx) v, E[v v^T] = I: n_hutchinson backward passes."""
     s, pullback = vjp(model, x)   # (B, d)
+    # Unlike 003's Gaussian v, random signs add no variance from the diagonal of ds/dx, so none at all in 1-D
     probes = [torch.randn_like(x).sign() for _ in range(n_hutchinson)]
-    return (0.5 * s.square().sum(-1) + sum((pullback(v)[0] * v).sum(-1) for v in probes) / n_hutchinson).mean()
+    trace = sum((pullback(v)[0] * v).sum(-1) for v in probes) / n_hutchinson   # (B,)
+    return (0.5 * s.square().sum(-1) + trace).mean()
 
 def denoising_loss(model, x, n, target):
     """|s(x + n) - target|^2 / 2, target = d log k / dn, all (B, d) -> scalar; with +n and -n, as every kernel k here is even."""
     return 0.5 * (model(torch.cat([x + n, x - n])) - torch.cat([target, -target])).square().sum(-1).mean()
 
 # %% Part 1: E|s - s*|^2 / 2 = E[|s|^2 / 2 + tr ds/dx] + E|s*|^2 / 2 for any s
-u, w = panels(np.linspace(0, 40, 81))
+(x, P), (n, P_n), (u, w) = nodes(law1), nodes((tensor([0.0]), tensor(1.0), tensor(args.sigma))), panels(np.linspace(0, 40, 81))
+x_noisy, target = (x + n.T).reshape(-1, 1), -n.repeat(len(x), 1) / args.sigma**2   # (N M, 1): all pairs of x ~ p and noise
 CASES = {"1-D": (*nodes(law1, 0.3), lambda x: gmm_score(x, *law1)), "2-D": (*nodes(law2), exact_score),
-         "Exp(1)": (u[:, None], w * (-u).exp(), lambda x: -torch.ones_like(x))}   # x (N, d), P (N,), exact score s*
-one = lambda x: torch.ones_like(x[:, :1])
-ROWS = [("1-D", "-x", lambda x: -x, one), ("1-D", "sin 3x", lambda x: (3 * x).sin(), one),
-        ("1-D", "|x - 0.3|", lambda x: (x - 0.3).abs(), one), ("2-D", "-x", lambda x: -x, one), ("2-D", "s*", exact_score, one),
-        ("2-D", "(x2 sin x1, x1 + x2^3)", lambda x: torch.stack([x[:, 1] * x[:, 0].sin(), x[:, 0] + x[:, 1] ** 3], 1), one)]
-ROWS += [("Exp(1)", f"{-c}", lambda x, c=c: -c * one(x), one) for c in (0, 1, 2)]
-ROWS += [("Exp(1)", f"{-c}, weight g(x) = x", lambda x, c=c: -c * one(x), lambda x: x) for c in (0, 1, 2)]
+         "Exp(1)": (u[:, None], w * (-u).exp(), lambda x: 0 * x - 1),   # points (N, d), P (N,), exact score s*
+         "x + n": (x_noisy, torch.outer(P, P_n).flatten(), lambda _: target)}
+ROWS = [("1-D", "-x", lambda x: -x), ("1-D", "sin 3x", lambda x: (3 * x).sin()), ("1-D", "|x - 0.3|", lambda x: (x - 0.3).abs()),
+        ("2-D", "-x", lambda x: -x), ("2-D", "s*", exact_score),
+        ("2-D", "(x2 sin x1, x1 + x2^3)", lambda x: torch.stack([x[:, 1] * x[:, 0].sin(), x[:, 0] + x[:, 1] ** 3], 1)),
+        ("x + n", "-x", lambda x: -x), ("x + n", "sin 3x", lambda x: (3 * x).sin()),
+        ("Exp(1)", "0", lambda x: 0 * x), ("Exp(1)", "-1", lambda x: 0 * x - 1), ("Exp(1)", "-2", lambda x: 0 * x - 2)]
 print("1. For every s: explicit = implicit + I/2 (by quadrature). 003 leaves the 1/2 out; its 'constant' changes with s.\n"
-      "Exp(1) has s* = -1 and a jump at 0: the difference is p(0) s(0), and of the constants implicit prefers 0.\nA weight with g(0) = 0 mends it (theory.md 3.5)")
-print("law     s(x)                     explicit   implicit        I/2   difference   003's constant")
-gaps = []
-for law, name, s, g in ROWS:
-    x, P, exact = CASES[law]
-    gs, half = lambda x: g(x) * s(x), lambda v: (P * 0.5 * g(x)[:, 0] * v.square().sum(-1)).sum().item()   # E g |v|^2 / 2
-    div_gs = implicit_loss(gs, x) - 0.5 * gs(x).square().sum(-1)   # (N,)
-    explicit, implicit, constant = half(s(x) - exact(x)), half(s(x)) + (P * div_gs).sum().item(), half(exact(x))
-    gaps += [explicit - implicit - constant] * (law != "Exp(1)" or g is not one)
-    print(f"{law:6s}  {name:23s} {explicit:9.5f}  {implicit:9.5f}  {constant:9.5f}   {explicit - implicit - constant:10.1e}   "
-          f"{2 * explicit - implicit:14.5f}")
+      "x + n, noised by N(0, sigma^2), has the target -n/sigma^2 for s* and d/(2 sigma^2) for I/2: the bridge to denoising (3.8)\n"
+      "Exp(1) has s* = -1 and a jump at 0: the difference is p(0) s(0), and of the constants implicit prefers 0 (theory.md 3.5)\n"
+      "law     s(x)                     explicit   implicit        I/2   difference   003's constant")
+gaps = []   # of the identities that hold
+for law, name, s in ROWS:
+    (x, P, exact), half = CASES[law], lambda v: (P * 0.5 * v.square().sum(-1)).sum().item()   # E|v|^2 / 2
+    explicit, implicit, constant = half(s(x) - exact(x)), (P * implicit_loss(s, x)).sum().item(), half(exact(x))
+    gap = explicit - implicit - constant
+    print(f"{law:6s}  {name:23s} {explicit:9.5f}  {implicit:9.5f}  {constant:9.5f}   {gap:10.1e}   {2 * explicit - implicit:14.5f}")
+    if law != "Exp(1)":
+        gaps.append(gap)
 
 # %% Part 2: training
 class ScoreNet(nn.Module):
@@ -194,8 +189,9 @@ class ScoreNet(nn.Module):
         return (self.net(y) - y) / self.std
 
 def train(model, loss, x, fresh):
-    """Minimises loss(model, batch) in float32: model (float64, CPU), losses, rows of (step, mean loss, implicit loss on fresh points)."""
-    (model, x, fresh), losses, history = (item.float().to(device) for item in (model, x, fresh)), [], []
+    """Minimises loss(model, batch) in float32: model (float64, CPU), losses, rows (step, mean loss, implicit loss on fresh points)."""
+    model, x, fresh = (item.float().to(device) for item in (model, x, fresh))
+    losses, history, every = [], [], max(1, args.steps // 25)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # 10 itself fails
     with tqdm(range(1, args.steps + 1), desc="training", mininterval=0.5, leave=False) as bar:
@@ -206,9 +202,9 @@ def train(model, loss, x, fresh):
             optimizer.step()
             scheduler.step()
             losses.append(value.item())
-            if not math.isfinite(losses[-1]) or losses[-1] > 1e7:   # on few points it may fall without limit
+            if not -math.inf < losses[-1] < 1e7:   # nan, too; on few points it may fall without limit
                 sys.exit(f"diverged at step {step}: loss {losses[-1]:.3g}; try a --lr below {args.lr:g}")
-            if step % (every := max(1, args.steps // 25)) == 0 or step == args.steps:
+            if step % every == 0 or step == args.steps:
                 history.append((step, np.mean(losses[-every:]), implicit_loss(model, fresh).mean().item()))
                 bar.set_postfix_str(f"loss {history[-1][1]:.4g}, on fresh points {history[-1][2]:.4g}")
     return model.requires_grad_(False).cpu().double(), losses, history
@@ -219,11 +215,11 @@ def relative_error(values, exact, P):
 
 def fit(label, x, law, loss=compute_score_matching_loss, activation=args.activation):
     """A network trained on x (n, d), its relative score error under a law, and its history."""
-    net, losses, history = train(ScoreNet(x, activation), loss, x, sample_gmm(1000, law, seeded(2)))
-    grid, P = nodes(law)
-    exact, step = gmm_score(grid, *law), history[-1]
-    error = relative_error(net(grid), exact, P)
-    print(f"{label:34s} {step[1]:9.4f}  {step[2]:15.4f}  {-0.5 * (P * exact.square().sum(-1)).sum():9.4f}  {error:12.3f}")
+    net, _, history = train(ScoreNet(x, activation), loss, x, sample_gmm(1000, law, seeded(2)))
+    (grid, P), (_, on_points, on_fresh) = nodes(law), history[-1]
+    exact = gmm_score(grid, *law)
+    error, least = relative_error(net(grid), exact, P), -0.5 * (P * exact.square().sum(-1)).sum()
+    print(f"{label:34s} {on_points:9.4f}  {on_fresh:15.4f}  {least:9.4f}  {error:12.3f}")
     return net, error, history
 
 def gaussian_loss(net, x):
@@ -231,28 +227,19 @@ def gaussian_loss(net, x):
     n = args.sigma * torch.randn_like(x)
     return denoising_loss(net, x, n, -n / args.sigma**2) - 0.5 * x.shape[1] / args.sigma**2
 
-exact_losses = implicit_loss(lambda x: gmm_score(x, *law1), sample_gmm(1000, law1, seeded(2)))
-sampling_error = (exact_losses.std() / math.sqrt(1000)).item()
-print("\n2. Training by it; the exact score has the loss -I/2 and the error 0\n"
-      f"network                                 loss  on fresh points       -I/2   score error   (standard error on fresh points, 1-D: {sampling_error:.2f})")
+standard_error = implicit_loss(lambda x: gmm_score(x, *law1), sample_gmm(1000, law1, seeded(2))).std() / math.sqrt(1000)
+print(f"\n2. Training by it; the exact score has the loss -I/2 (on fresh points, in 1-D, +- {standard_error:.2f}) and the error 0\n"
+      "network                                 loss  on fresh points       -I/2   score error")
 started, x_few = time.time(), x1_data[:args.n_few]
-hutchinson = lambda net, x: compute_score_matching_loss_hutchinson(net, x, args.n_hutchinson)
 model1, err_1d, _ = fit(f"1-D, {args.activation}", x1_data, law1)
 relu_model, err_relu, _ = fit("1-D, relu: biased gradient", x1_data, law1, activation="relu")
 model, err_2d, _ = fit(f"2-D, {args.activation}, exact trace", x_data, law2)
-_, err_hutchinson, _ = fit(f"2-D, {args.activation}, Hutchinson, {args.n_hutchinson} vector(s)", x_data, law2, hutchinson)
+_, err_hutchinson, _ = fit(f"2-D, {args.activation}, Hutchinson, {args.n_hutchinson} vector(s)", x_data, law2,
+                           compute_score_matching_loss_hutchinson)
 # Nothing stops a network from s' = -k at each of a few points: its loss has no lowest value. Noise is the remedy.
 few_model, err_few, few_history = fit(f"1-D, only {args.n_few} points", x_few, law1)
 dsm_model, err_dsm, dsm_history = fit(f"1-D, only {args.n_few} points, denoising", x_few, noisy_law1, gaussian_loss)
 train_s = time.time() - started
-
-(x, P), (x_q, P_q), (u, w) = nodes(law1), nodes(noisy_law1), panels(args.sigma * np.linspace(-9, 9, 37))
-x_noisy, target = (x + u).view(-1, 1), (-u / args.sigma**2).repeat(len(x))[:, None]   # (N M, 1): all pairs of x ~ p and noise
-P_pair = (P[:, None] * w * (-0.5 * (u / args.sigma) ** 2).exp() / (math.sqrt(2 * math.pi) * args.sigma)).flatten()
-for name, s in (("learned", dsm_model), ("sin 3x", lambda x: (3 * x).sin())):
-    J, implicit = (P_pair * 0.5 * (s(x_noisy) - target).square().sum(-1)).sum().item(), (P_q * implicit_loss(s, x_q)).sum().item()
-    gaps.append(J - implicit - 0.5 / args.sigma**2)
-    print(f"bridge, s = {name:7s}: denoising loss {J:.6f} = implicit loss under q {implicit:.6f} + d/(2 sigma^2), up to {gaps[-1]:.0e}")
 
 def save(name, write):
     """Write outdir/name under a temporary name first: what stands there is always whole."""
@@ -297,23 +284,20 @@ print(f"SW2 of {args.n_samples} Langevin draws from the 2-D model to fresh data 
 
 # %% Part 3: geometry
 def analyze_score_geometry(score_fn, x, tol=1e-4):
-    """003's function for x (..., d): score, divergence, Jacobian ("hessian"), its eigenvalues, kind of equilibrium of dx/dt = s.
-
-    A learned field need not be a gradient: its Jacobian stays as it is (003 copies one triangle into the other) and then has
-    complex eigenvalues, in the order of their real parts.
-    """
-    points = x.detach().reshape(-1, x.shape[-1])   # 003 leaves requires_grad on the caller's x
+    """003's function for x (B, d) or (d,): score, divergence, Jacobian ("hessian"), its eigenvalues, kind of equilibrium of dx/dt = s."""
+    points = torch.atleast_2d(x.detach())   # (B, d); 003 leaves requires_grad on the caller's x
     s = score_fn(points).detach()
     if s.shape != points.shape:
         raise ValueError(f"score_fn answers {tuple(s.shape)} to points {tuple(points.shape)}")
     J = vmap(jacrev(lambda y: score_fn(y[None])[0]))(points).detach()   # (B, d, d)
     symmetric = (J - J.mT).abs().max() <= 1e-6 * J.abs().max()
-    e = torch.linalg.eigvalsh((J + J.mT) / 2) if symmetric else torch.linalg.eigvals(J)   # (B, d)
+    # A learned field need not be a gradient: then 003, which copies one triangle of J into the other, has wrong eigenvalues
+    e = torch.linalg.eigvalsh((J + J.mT) / 2) if symmetric else torch.linalg.eigvals(J)   # (B, d), may be complex
     e = e.gather(-1, e.real.argsort(-1))
-    kind = ["not critical" if norm > tol else "degenerate" if min(map(abs, real)) <= tol else "peak" if real[-1] < 0 else
-            "valley" if real[0] > 0 else "saddle" for norm, real in zip(s.norm(dim=-1).tolist(), e.real.tolist())]
-    return {"score": s.reshape(x.shape), "divergence": J.diagonal(dim1=1, dim2=2).sum(-1).reshape(x.shape[:-1]),
-            "hessian": J.reshape(*x.shape, x.shape[-1]), "eigenvalues": e.reshape(x.shape), "kind": kind if x.dim() > 1 else kind[0]}
+    tests = [s.norm(dim=-1) > tol, e.real.abs().amin(-1) <= tol, e.real[:, -1] < 0, e.real[:, 0] > 0]   # the first that holds decides
+    kind = np.select(tests, ["not critical", "degenerate", "peak", "valley"], "saddle").tolist()
+    g = {"score": s, "divergence": J.diagonal(dim1=1, dim2=2).sum(-1), "hessian": J, "eigenvalues": e, "kind": kind}
+    return g if x.dim() > 1 else {key: value[0] for key, value in g.items()}
 
 def find_critical_points(score_fn, x):
     """Zeros (M, d) of a field, by x1: Newton steps of length up to 1/2 from starts x (B, d). 003's ascent finds only peaks."""
@@ -321,16 +305,16 @@ def find_critical_points(score_fn, x):
         g = analyze_score_geometry(score_fn, x)
         step = -(torch.linalg.pinv(g["hessian"]) @ g["score"][:, :, None])[:, :, 0]
         x = x + step * (0.5 / step.norm(dim=1, keepdim=True)).clamp(max=1)
-    x = x[[kind != "not critical" for kind in analyze_score_geometry(score_fn, x)["kind"]]]
-    x = x[x.norm(dim=1) < 4]
+    x = x[(score_fn(x).norm(dim=1) < 1e-4) & (x.norm(dim=1) < 4)]
     return x[np.unique(x.numpy().round(3) + 0.0, axis=0, return_index=True)[1]]
 
 print("\n3. Geometry. The chapter's 'peak' (-2, 0) is not critical, its saddle has divergence +2; where that is 0 nothing is critical")
 print("field    point                    |score|      eigenvalues                divergence  kind")
-x1, FIELDS, critical = torch.linspace(-3, 3, 6001).double(), {"exact": exact_score, "learned": score}, {}
+x1 = torch.linspace(-3, 3, 6001).double()   # the level set of p through (0, 1), by log p(x1, x2) = log p(x1, 0) - x2^2 / 2:
 x2_squared = 1 + 2 * gmm(torch.stack([x1, 0 * x1], 1), *law2)[0] - 2 * gmm(tensor([0.0, 0.0]), *law2)[0]
-level = torch.stack([x1, x2_squared.clamp(min=0).sqrt()], 1)[x2_squared > 0.01]   # level set of p through (0, 1)
-starts = torch.cartesian_prod(torch.linspace(-3, 3, 9), torch.linspace(-2, 2, 5)).double() + 0.01
+level = torch.stack([x1, x2_squared.sqrt()], 1)[x2_squared > 0.01]
+starts = torch.cartesian_prod(torch.linspace(-3, 3, 9), torch.linspace(-2, 2, 5)).double() + 0.01   # off the axes of symmetry
+FIELDS, critical = {"exact": exact_score, "learned": score}, {}
 for name, field in FIELDS.items():
     critical[name] = find_critical_points(field, starts)
     points = torch.cat([tensor([-2.0, 0.0], [math.acosh(math.sqrt(2)) / 2, 0.0]), critical[name]])
@@ -340,21 +324,19 @@ for name, field in FIELDS.items():
     J, cosine = g["hessian"], torch.cosine_similarity(level[2:] - level[:-2], field(level[1:-1])).abs()
     print(f"         asymmetry |J - J^T|/|J| {(J - J.mT).norm() / J.norm():.1g}; |cos| of score and tangent of the level set of p "
           f"through (0, 1): mean {cosine.mean():.1e}, largest {cosine.max():.1e}")
-merged = analyze_score_geometry(lambda x: gmm_score(x, [tensor(-1.0, 0.0), tensor(1.0, 0.0)], [0.5, 0.5]), tensor(0.0, 0.0))
-print(f"m = (1, 0), where the two modes merge: eigenvalues at 0 {merged['eigenvalues'].tolist()}, {merged['kind']}")
 x, P = nodes(law2)
-for name, moment in (("E s", lambda x, s: s), ("E s x^T", lambda x, s: (s[:, :, None] * x[:, None]).flatten(1)),
-                     ("I = E s s^T", lambda x, s: (s[:, :, None] * s[:, None]).flatten(1))):
-    exact, values = P @ moment(x, exact_score(x)), moment(x_data, exact_score(x_data))
+for name, f in (("E s", lambda x: torch.ones(len(x), 1)), ("E s x^T", lambda x: x), ("I = E s s^T", exact_score)):
+    moment = lambda x: (exact_score(x)[:, :, None] * f(x)[:, None]).flatten(1)   # s f^T, (n, 2) or (n, 4)
+    exact, values = P @ moment(x), moment(x_data)
     off = ((values.mean(0) - exact) / values.std(0)).abs().max() * math.sqrt(args.n)
     print(f"{name:11s} by quadrature {exact.numpy().round(7) + 0.0}, over the data {values.mean(0).numpy().round(4)}, "
           f"off by at most {off:.1f} standard errors")
 
 # %% Part 4: why Gaussian noise? Denoising score matching with six kernels of one variance
-rng, sigmoid = np.random.default_rng(args.seed), nn.functional.logsigmoid
+rng = np.random.default_rng(args.seed)
 KERNELS = {   # name: (scale a over sigma, draws of t = n/a, log k up to a constant as a function of t, is |t| < 1?, target)
     "Gaussian": (1, rng.standard_normal, lambda t: -t**2 / 2, False, "-n/a^2"),
-    "logistic": (3**0.5 / math.pi, lambda size: rng.logistic(size=size), lambda t: sigmoid(t) + sigmoid(-t), False, "-tanh(n/2a)/a"),
+    "logistic": (3**0.5 / math.pi, lambda size: rng.logistic(size=size), lambda t: -2 * (t / 2).cosh().log(), False, "-tanh(n/2a)/a"),
     "Student-t 5": (0.6**0.5, lambda size: rng.standard_t(5, size), lambda t: -3 * (1 + t**2 / 5).log(), False, "-6n/(5a^2 + n^2)"),
     "Laplace": (0.5**0.5, lambda size: rng.laplace(size=size), lambda t: -t.abs(), False, "-sign(n)/a"),
     "triangular": (6**0.5, lambda size: rng.triangular(-1, 0, 1, size), lambda t: (1 - t.abs()).log(), True, "-sign(n)/(a - |n|)"),
@@ -363,25 +345,26 @@ KERNELS = {   # name: (scale a over sigma, draws of t = n/a, log k up to a const
 target_of = lambda log_k, a: grad(lambda n: log_k(n / a).sum())   # n -> d log k / dn; it does not see jumps
 
 def kernel_scores(log_k, a, bounded, x):
-    """At x (N,): q, its score with the derivative taken on p, E[d log k / dn | x] with it taken on k; I(k) cut off near its edge."""
-    edges = a * (1 - np.logspace(-1, -9, 9)) if bounded else [18.0]   # finer and finer towards the edge
-    breaks = [*np.linspace(-18, 18, 145), *args.sigma * np.linspace(-6, 6, 49), *edges, *np.negative(edges), -a, 0, a]
-    n, w = panels([b for b in breaks if abs(b) <= a or not bounded])
-    k, target = (w * log_k(n / a).exp() / (w * log_k(n / a).exp()).sum()), target_of(log_k, a)(n)
+    """At x (N,): q, its score with the derivative taken on p, E[d log k / dn | x] with it taken on k; I(k), cut off twice near its edge."""
+    edges, reach = a * (1 - np.logspace(-1, -9, 9)), a if bounded else 18   # finer towards the edge, if any
+    n, w = panels(np.clip([*np.linspace(-18, 18, 145), *args.sigma * np.linspace(-6, 6, 49), *edges, *-edges], -reach, reach))
+    k, target = w * log_k(n / a).exp(), target_of(log_k, a)(n)   # (M,)
+    k /= k.sum()
     log_p, s_p = gmm((x[:, None] - n)[:, :, None], *law1)   # (N, M), (N, M, 1)
     joint = log_p.exp() * k
-    fisher = [(k * target**2)[n.abs() < (a - cut * a if bounded else math.inf)].sum().item() for cut in (1e-4, 1e-8)]
-    return joint.sum(1), (joint * s_p[:, :, 0]).sum(1) / joint.sum(1), (joint * target).sum(1) / joint.sum(1), fisher
+    q = joint.sum(1)
+    fisher = [(k * target**2)[n.abs() < reach * (1 - cut)].sum().item() for cut in (1e-4, 1e-8)]
+    return q, (joint * s_p[:, :, 0]).sum(1) / q, (joint * target).sum(1) / q, fisher
 
-print(f"\n4. Why Gaussian noise? x ~ the 1-D mixture, noise n of standard deviation {args.sigma}, x + n ~ q")
-print("kernel       target d log k/dn   I(k) sigma^2   |E[target|x+n] - d log q|   loss finite?   largest batch loss   error of the net")
+print(f"\n4. Why Gaussian noise? x ~ the 1-D mixture, noise n of standard deviation {args.sigma}, x + n ~ q\n"
+      "kernel       target d log k/dn   I(k) sigma^2   |E[target|x+n] - d log q|   loss finite?   largest batch loss   error of the net")
 (x_grid, w_grid), kernels = panels(np.linspace(-12, 12, 49), 8), {}
 for name, (scale, draw, log_k, bounded, formula) in KERNELS.items():
     a, target = scale * args.sigma, target_of(log_k, scale * args.sigma)
     q, exact, conditional, (I_near, I_edge) = kernel_scores(log_k, a, bounded, x_grid)
     def kernel_loss(net, x):
         n = torch.tensor(a * draw((args.batch, 1)))
-        return denoising_loss(net, x, n.float().to(device), target(n).float().to(device))
+        return denoising_loss(net, x, n.to(x), target(n).to(x))
     x_noisy = x1_data + torch.tensor(a * draw((args.n, 1)))
     net, losses, _ = train(ScoreNet(x_noisy), kernel_loss, x1_data, x_noisy[:1000])
     gap, error = (relative_error(v[:, None], exact[:, None], w_grid * q) for v in (conditional, net(x_grid[:, None])[:, 0]))
@@ -410,7 +393,7 @@ for history, style, name in ((few_history, "-", "implicit"), (dsm_history, "--",
     axs[1, 0].plot(steps, on_points, style, color=ORANGE, label=f"{name}: on the {args.n_few} points")
     axs[1, 0].plot(steps, on_fresh, style, color=BLUE, label=f"{name}: on fresh points")
 axs[1, 0].set(xlabel="step", ylabel="implicit loss", yscale="symlog", title=f"{args.n_few} points: down on them, up on fresh ones")
-for ax in (axs[0, 0], axs[1, 0], axs[1, 1]):
+for ax in axs.flat:
     ax.legend(fontsize=7)
 save("training.png", fig.savefig)
 
@@ -423,9 +406,8 @@ for ax, title in zip(axs, ("exact score", "learned score", "Langevin draws from 
 for ax, (name, field), colour in zip(axs, FIELDS.items(), (BLUE, ORANGE)):
     ax.quiver(*arrows.T, *field(arrows).T, angles="xy", color=colour, width=0.004)
     ax.contour(u, v, analyze_score_geometry(field, points)["divergence"].view(61, 91), [0], colors="black", linestyles="--")
-    for x in critical[name]:
-        marker = {"peak": "^", "saddle": "X"}.get(analyze_score_geometry(field, x)["kind"], "o")
-        ax.plot(*x, marker, color="black", ms=9, mec="white")
+    for x, kind in zip(critical[name], analyze_score_geometry(field, critical[name])["kind"]):
+        ax.plot(*x, {"peak": "^", "saddle": "X"}.get(kind, "o"), color="black", ms=9, mec="white")
 axs[2].scatter(*samples[:1500].T, s=3, color=ORANGE, alpha=0.5, linewidths=0)
 fig.suptitle("Arrows cross the level sets of $p$ at right angles; peaks (triangles), saddle (cross), divergence 0 (dashed)", y=0.98)
 save("geometry.png", lambda file: fig.savefig(file, bbox_inches="tight"))
@@ -434,8 +416,7 @@ fig, axs = plt.subplots(2, 3, figsize=(9, 5.4), sharex=True, sharey=True)
 for ax, (name, (error, gap, exact, net)) in zip(axs.flat, kernels.items()):
     scale, _, log_k, bounded, formula = KERNELS[name]
     t = line[:, 0] / (scale * args.sigma)
-    k = torch.where((t.abs() < 1) | (not bounded), (log_k(t) - log_k(0 * t)).exp(), 0.0)
-    ax.fill_between(line[:, 0], -6, 3 * k - 6, color="0.85")
+    ax.fill_between(line[:, 0], -6, 3 * log_k(t).exp() - 6, where=(t.abs() < 1) | (not bounded), color="0.85")
     ax.plot(x_grid, exact, color=BLUE, label=r"exact $\partial\log q$")
     ax.plot(x_grid, net(x_grid[:, None]), color=ORANGE, label="learned by denoising")
     ax.set(xlim=(-3, 3), ylim=(-6, 6), title=f"{name}, target {formula}\nerror {error:.3f}")
@@ -443,10 +424,10 @@ axs[0, 0].legend(fontsize=8)
 fig.suptitle("One density, six kinds of noise (grey) of equal variance: only uniform noise teaches nothing")
 save("kernels.png", fig.savefig)
 
+*errors, err_uniform = [error for error, *_ in kernels.values()]   # uniform is the last
 summary = dict(seed=args.seed, steps=args.steps, activation=args.activation, err_1d=round(err_1d, 4), err_relu=round(err_relu, 4),
                err_2d=round(err_2d, 4), err_hutchinson=round(err_hutchinson, 4), err_few=round(err_few, 2), err_dsm=round(err_dsm, 4),
-               identities=float(f"{max(map(abs, gaps)):.0e}"),
-               kernels=round(max(kernels[name][0] for name in kernels if name != "uniform"), 4), uniform=round(kernels["uniform"][0], 4),
+               identities=float(f"{max(map(abs, gaps)):.0e}"), kernels=round(max(errors), 4), uniform=round(err_uniform, 4),
                SW2=round(sw2, 4), floor=round(sw2_floor, 4), train_s=round(train_s, 1))
 record = {"settings": vars(args), "figures": summary}
 save("summary.json", lambda file: file.write_text(json.dumps(record, indent=1)))

@@ -974,6 +974,9 @@ def test_gmm_score_as_in_003(implicit_sm):
     means, weights = [torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.0])], [0.5, 0.5]
     torch.testing.assert_close(implicit_sm.gmm_score(torch.tensor([10.0, 0.0]), means, weights), torch.tensor([-8.0, 0.0]))
     assert implicit_sm.exact_score(implicit_sm.x_data.float()).dtype == torch.float32
+    merged = [torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 0.0])]
+    g = implicit_sm.analyze_score_geometry(lambda x: implicit_sm.gmm_score(x, merged, weights), torch.zeros(2))
+    assert g["kind"] == "degenerate" and g["eigenvalues"].tolist() == pytest.approx([-1, 0], abs=1e-6)   # two modes become one
 
 
 @pytest.mark.parametrize("x", [torch.zeros(5, 3), torch.zeros(3), torch.zeros(5, 1)], ids=["batch", "point", "1-D"])
@@ -1082,8 +1085,8 @@ def expectation(f):
 
 
 def test_3_2_identities_of_the_run(implicit_sm):
-    """Every identity of part 1 and both bridges hold to 1e-8 and there are as many as printed: 6 + 3 weighted + 2."""
-    assert len(implicit_sm.gaps) == 11 and max(map(abs, implicit_sm.gaps)) < 1e-8
+    """Every identity of part 1 and both bridges hold to 1e-8 and there are as many as printed: 6 + 2."""
+    assert len(implicit_sm.gaps) == 8 and max(map(abs, implicit_sm.gaps)) < 1e-8
 
 
 @pytest.mark.parametrize("torch_s, s, ds", [(torch.tanh, np.tanh, lambda x: 1 / np.cosh(x) ** 2), (lambda x: x**3, lambda x: x**3, lambda x: 3 * x**2),
@@ -1099,13 +1102,16 @@ def test_3_1_implicit_identity(implicit_sm, torch_s, s, ds):
 
 
 def test_3_5_exponential_law_breaks_the_identity(capsys):
-    """For Exp(1) and s = -c: explicit (1 - c)^2/2, implicit c^2/2, difference -c; weighted with x: implicit c^2/2 - c. As printed."""
-    run("implicit_sm", until="Part 2: training")
+    """For Exp(1) and s = -c: explicit (1 - c)^2/2, implicit c^2/2, difference -c, as printed; weighted with x: implicit c^2/2 - c."""
+    script = run("implicit_sm", until="Part 2: training")
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("Exp(1)  ")]
-    assert len(rows) == 6
-    for c, plain, weighted in zip(range(3), rows, rows[3:]):
+    assert len(rows) == 3
+    x, P, _ = script.CASES["Exp(1)"]
+    for c, plain in enumerate(rows):
         assert [float(v) for v in plain[-5:-1]] == pytest.approx([(1 - c) ** 2 / 2, c**2 / 2, 0.5, -c], abs=1e-5)
-        assert [float(v) for v in weighted[-5:-2]] == pytest.approx([(1 - c) ** 2 / 2, c**2 / 2 - c, 0.5], abs=1e-5)
+        weighted = script.implicit_loss(lambda x: -c * x, x) + 0.5 * c**2 * (x - x**2)[:, 0]   # g |s|^2/2 + div(g s), g = x
+        assert (P * weighted).sum().item() == pytest.approx(c**2 / 2 - c, abs=1e-8)
+        assert (P * 0.5 * (1 - c) ** 2 * x[:, 0]).sum().item() == pytest.approx(c**2 / 2 - c + 0.5, abs=1e-8)   # = implicit + E g |s*|^2/2
 
 
 @pytest.mark.parametrize("name, biased", [("relu", True), ("softplus", False), ("silu", False), ("tanh", False)])
