@@ -7,6 +7,7 @@ Reads beside: notes 001 problem 2; 002 part 1.3 and closing question; 003 sectio
     python implicit_sm.py --help                        # every setting with its unit, range and default
 
 All data are mixtures of Gaussians, so densities and scores are known, and every identity is checked by quadrature.
+
 A good run takes 47 s and ends like this (2 CPU cores, Python 3.11, torch 2.13.0; errors: 0 is perfect, 1 is what s = 0 has):
     seed=0 steps=700 activation=silu err_1d=0.0603 err_relu=0.8784 err_2d=0.0441 err_hutchinson=0.0557
     err_few=23.01 err_dsm=0.2159 identities=8e-11 kernels=0.0389 uniform=1.0 SW2=0.0846 floor=0.0714 train_s=21.3
@@ -21,6 +22,9 @@ import time
 import warnings
 from itertools import combinations, product
 from pathlib import Path
+
+# Ctrl-C ends in one line, also during the imports below, which take seconds
+sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -53,7 +57,6 @@ for flag, default, low, high, meaning in NUMBERS:
     parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
                         help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
-sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
     if value is not None and not low <= value <= high:   # refuses nan as well
@@ -193,7 +196,7 @@ def train(model, loss, x, fresh):
     model, x, fresh = (item.float().to(device) for item in (model, x, fresh))
     losses, history, every = [], [], max(1, args.steps // 25)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # 10 itself fails
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # 10 divides by 0
     with tqdm(range(1, args.steps + 1), desc="training", mininterval=0.5, leave=False) as bar:
         for step in bar:
             value = loss(model, x[torch.randint(len(x), (args.batch,), device=device)])
@@ -284,7 +287,7 @@ print(f"SW2 of {args.n_samples} Langevin draws from the 2-D model to fresh data 
 
 # %% Part 3: geometry
 def analyze_score_geometry(score_fn, x, tol=1e-4):
-    """003's function for x (B, d) or (d,): score, divergence, Jacobian ("hessian"), its eigenvalues, kind of equilibrium of dx/dt = s."""
+    """003's function, x (B, d) or (d,): score, divergence, Jacobian ("hessian"), its eigenvalues, kind of equilibrium of dx/dt = s."""
     points = torch.atleast_2d(x.detach())   # (B, d); 003 leaves requires_grad on the caller's x
     s = score_fn(points).detach()
     if s.shape != points.shape:
@@ -345,7 +348,7 @@ KERNELS = {   # name: (scale a over sigma, draws of t = n/a, log k up to a const
 target_of = lambda log_k, a: grad(lambda n: log_k(n / a).sum())   # n -> d log k / dn; it does not see jumps
 
 def kernel_scores(log_k, a, bounded, x):
-    """At x (N,): q, its score with the derivative taken on p, E[d log k / dn | x] with it taken on k; I(k), cut off twice near its edge."""
+    """At x (N,): q, its score with the derivative taken on p, E[d log k / dn | x] with it taken on k; I(k), cut off near its edge."""
     edges, reach = a * (1 - np.logspace(-1, -9, 9)), a if bounded else 18   # finer towards the edge, if any
     n, w = panels(np.clip([*np.linspace(-18, 18, 145), *args.sigma * np.linspace(-6, 6, 49), *edges, *-edges], -reach, reach))
     k, target = w * log_k(n / a).exp(), target_of(log_k, a)(n)   # (M,)

@@ -23,6 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
+# Ctrl-C ends in one line, also during the imports below, which take seconds
+sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -60,7 +63,6 @@ for flag, default, low, high, meaning in NUMBERS:
     parser.add_argument(f"--{flag}", type=type(low) if isinstance(high, int) else float, default=default,
                         help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
-sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
     if value is not None and not low <= value <= high:   # refuses nan as well
@@ -457,8 +459,7 @@ states = torch.stack([path[t][:3] / max(1, (levels + [0])[t]) for t in shown], d
 picture("annealing.png", (10, 3.6), (1, 1), (states, r"From noise to digits ($x/\sigma$ where $\sigma$ > 1)", level_names(shown), []))
 
 relatives = torch.cat([samples[None, :10], x_data[nearest(samples[:10], 3)[1].T].cpu()])   # (4, 10, 1, H, W)
-picture("neighbours.png", (10, 4.4), (1, 1), (relatives, "Ten samples and their three nearest training images: relatives or copies?",
-        [], ["sample", "1st", "2nd", "3rd"]))
+picture("neighbours.png", (10, 4.4), (1, 1), (relatives, "Samples and their nearest training images: copies?", [], ["sample", 1, 2, 3]))
 
 few, z, middle = x_test[[2, 3, 7, 18]], start_noise[:4], int(np.abs(np.log(np.array(levels) / 0.7)).argmin())
 mixed = lambda mix, v: torch.stack([mix(v[i], v[i + 1], w) for i in (0, 2) for w in np.linspace(0, 1, 8).tolist()])   # (16, 1, H, W)

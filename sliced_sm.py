@@ -25,6 +25,9 @@ from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 
+# Ctrl-C ends in one line, also during the imports below, which take seconds
+sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -62,7 +65,6 @@ for flag, default, low, high, meaning in NUMBERS:
     parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
                         help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
-sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
     if value is not None and not low <= value <= high:   # refuses nan as well

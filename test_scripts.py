@@ -213,6 +213,32 @@ def test_bad_setting_as_a_command(name, tmp_path):
     assert done.stderr.startswith("usage:") and "argument --seed:" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_full_disk(name, request):
+    """A file that cannot be written ends the run in one line; what stood there before stays, and no half of the new one is left."""
+    script = request.getfixturevalue(name)
+    contents = lambda: {path.name: path.read_bytes() for path in Path(script.args.outdir).iterdir()}
+    before = contents()
+    for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file\nand more")):
+        def write(file):
+            Path(file).write_text("half")
+            raise error
+        with pytest.raises(SystemExit, match="^cannot write samples.npy to .*(No space|failed writing)[^\n]*$"):
+            script.save("samples.npy", write)
+    assert contents() == before != {}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_ctrl_c_is_one_line(name, capsys):
+    """Ctrl-C shows no traceback; any other error still does."""
+    with mock.patch.object(sys, "excepthook"):
+        run(name, until="Data")
+        sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+        assert capsys.readouterr().err.split() == ["Ctrl-C"]
+        sys.excepthook(ValueError, ValueError("a bug"), None)
+        assert "ValueError: a bug" in capsys.readouterr().err
+
+
 # %% dsm_2d.py: data and exact score
 DATA = ["gmm2", "circles", "moons", "swiss_roll"]
 TAU = {"circles": 0.06, "moons": 0.06, "swiss_roll": 0.03}
