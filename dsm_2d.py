@@ -25,8 +25,9 @@ from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 
-# Ctrl-C ends in one line, also during the imports below, which take seconds
-sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+# Ctrl-C and a closed pipe take one line, not a traceback; also during the imports below, which take seconds
+sys.excepthook = lambda kind, *rest: (print("\nstopped by", kind.__name__, file=sys.stderr)
+                                      if kind in (KeyboardInterrupt, BrokenPipeError) else sys.__excepthook__(kind, *rest))
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -224,7 +225,7 @@ def save(name, write):
         write(temporary)
         temporary.replace(Path(args.outdir, name))
     except (OSError, RuntimeError) as error:   # a full disk; torch.save has its own kind of it
-        sys.exit(f"cannot write {name} to {args.outdir!r} ({str(error).splitlines()[0]})")
+        sys.exit(f"cannot write {name} to {args.outdir!r}; is the disk full? ({str(error).splitlines()[0]})")
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -23,8 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
-# Ctrl-C ends in one line, also during the imports below, which take seconds
-sys.excepthook = lambda kind, *rest: print("\nCtrl-C", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+# Ctrl-C and a closed pipe take one line, not a traceback; also during the imports below, which take seconds
+sys.excepthook = lambda kind, *rest: (print("\nstopped by", kind.__name__, file=sys.stderr)
+                                      if kind in (KeyboardInterrupt, BrokenPipeError) else sys.__excepthook__(kind, *rest))
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -283,7 +284,7 @@ def save(name, write):
         write(temporary)
         temporary.replace(Path(args.outdir, name))
     except (OSError, RuntimeError) as error:   # a full disk; torch.save has its own kind of it
-        sys.exit(f"cannot write {name} to {args.outdir!r} ({str(error).splitlines()[0]})")
+        sys.exit(f"cannot write {name} to {args.outdir!r}; is the disk full? ({str(error).splitlines()[0]})")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -457,7 +458,6 @@ picture("samples.png", (10, 5.3), (1, 2), (grids[0], f"Samples ({args.sampler})"
 shown = np.linspace(0, args.T, 10).round().astype(int)
 states = torch.stack([path[t][:3] / max(1, (levels + [0])[t]) for t in shown], dim=1)   # (3, 10, 1, H, W)
 picture("annealing.png", (10, 3.6), (1, 1), (states, r"From noise to digits ($x/\sigma$ where $\sigma$ > 1)", level_names(shown), []))
-
 relatives = torch.cat([samples[None, :10], x_data[nearest(samples[:10], 3)[1].T].cpu()])   # (4, 10, 1, H, W)
 picture("neighbours.png", (10, 4.4), (1, 1), (relatives, "Samples and their nearest training images: copies?", [], ["sample", 1, 2, 3]))
 

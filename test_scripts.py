@@ -230,11 +230,12 @@ def test_full_disk(name, request):
 
 @pytest.mark.parametrize("name", TINY)
 def test_ctrl_c_is_one_line(name, capsys):
-    """Ctrl-C shows no traceback; any other error still does."""
+    """Ctrl-C and a closed pipe (`| head`) show no traceback; any other error still does."""
     with mock.patch.object(sys, "excepthook"):
         run(name, until="Data")
-        sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
-        assert capsys.readouterr().err.split() == ["Ctrl-C"]
+        for error in (KeyboardInterrupt(), BrokenPipeError(32, "Broken pipe")):
+            sys.excepthook(type(error), error, None)
+            assert capsys.readouterr().err.strip() == f"stopped by {type(error).__name__}"
         sys.excepthook(ValueError, ValueError("a bug"), None)
         assert "ValueError: a bug" in capsys.readouterr().err
 
