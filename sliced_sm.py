@@ -9,9 +9,9 @@ Reads beside: notes 003 section 4.2.3 (whole, with its table of methods); 002 pa
 Part 1 trains the same network on the same data with every loss, part 2 measures the variance of the losses, part 3 the time
 of a step from 2 to 1000 dimensions, part 4 shows three traps. The score of the data is known: every error is an exact one.
 
-A good run takes 70 s (2 CPU cores, Python 3.11, torch 2.13.0) and ends like this (errors in 20-D, costs in DSM steps at d = 100):
+A good run takes 60 s (2 CPU cores, Python 3.11, torch 2.13.0) and ends like this (errors in 20-D, costs in DSM steps at d = 100):
     ... err_explicit=0.1283 err_exact=0.2201 err_ssm=0.3781 err_ssm_vr=0.2478 err_fd_ssm=0.3781 err_dsm=0.2466
-    SW2=0.052 floor=0.0363 law_gap=0.056 fd_order=2.0 cost_ssm_vr=1.4 cost_exact=21.9 train_s=41.9
+    SW2=0.052 floor=0.0363 law_gap=0.056 fd_order=2.0 cost_ssm_vr=1.38 cost_exact=26.2 train_s=27.3
 """
 # %% Imports and settings
 import argparse
