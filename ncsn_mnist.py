@@ -459,7 +459,7 @@ shown = np.linspace(0, args.T, 10).round().astype(int)
 states = torch.stack([path[t][:3] / max(1, (levels + [0])[t]) for t in shown], dim=1)   # (3, 10, 1, H, W)
 picture("annealing.png", (10, 3.6), (1, 1), (states, r"From noise to digits ($x/\sigma$ where $\sigma$ > 1)", level_names(shown), []))
 relatives = torch.cat([samples[None, :10], x_data[nearest(samples[:10], 3)[1].T].cpu()])   # (4, 10, 1, H, W)
-picture("neighbours.png", (10, 4.4), (1, 1), (relatives, "Samples and nearest training images: copies?", [], ["sample", "1st", "2nd", "3rd"]))
+picture("neighbours.png", (10, 4.4), (1, 1), (relatives, "Samples over their nearest training images", [], ["sample", "1st", "2nd", "3rd"]))
 
 few, z, middle = x_test[[2, 3, 7, 18]], start_noise[:4], int(np.abs(np.log(np.array(levels) / 0.7)).argmin())
 mixed = lambda mix, v: torch.stack([mix(v[i], v[i + 1], w) for i in (0, 2) for w in np.linspace(0, 1, 8).tolist()])   # (16, 1, H, W)
@@ -473,7 +473,7 @@ picture("interpolation.png", (10, 5.2), (2, 1),
          ["real", *level_names(starts)], []))
 
 rows = {f"{name}, {calls(name)}": (path if name == args.sampler else generate(name, pure_noise[:20]))[-1][:20] for name in SAMPLERS}
-picture("samplers.png", (10, 3), (1, 1), (torch.stack([*rows.values()]), "One network, four samplers, and its calls by each", [], [*rows]))
+picture("samplers.png", (10, 3), (1, 1), (torch.stack([*rows.values()]), "One network, four samplers, calls of the network", [], [*rows]))
 
 fig, axs = plt.subplots(1, 2, figsize=(10, 3.6))
 log = np.array(history).reshape(-1, 3)   # step, loss, held-out loss
