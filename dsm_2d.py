@@ -46,8 +46,8 @@ parser.add_argument("--w_mode", default="sigma2", choices=["none", "sigma", "sig
 parser.add_argument("--sampler", default="heun", choices=["ald", "pc", "ancestral", "ddim", "heun"], help="which one makes samples.npy")
 parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: cuda where there is one, else cpu")
 parser.add_argument("--outdir", default="out_dsm_2d", help="folder for pictures, samples.npy, model.pt and summary.json")
-NUMBERS = [   # flag, default, lowest, highest, meaning; sigmas and distances are in data units
-    ("n", 50000, 10, 10**7, "training points"),   # with 000's 8192 the score of gmm2 at sigma = 0.2 is half as far off again
+NUMBERS = [   # flag, default, lowest, highest (of the flag's type), meaning; sigmas and distances are in data units
+    ("n", 50000, 10, 10**7, "training points"),   # with 000's 8192 the score of gmm2 at sigma = 0.2 is 1.5 times as far off
     ("T", 40, 2, 1000, "noise levels"),
     ("sigma_min", None, 1e-4, 1e4, "smallest level (None: 0.01; adaptive: 1 %% quantile of the pairwise distances of 2000 points)"),
     ("sigma_max", None, 1e-4, 1e4, "largest level (None: largest of those distances; adaptive: their 99 %% quantile)"),
@@ -55,7 +55,7 @@ NUMBERS = [   # flag, default, lowest, highest, meaning; sigmas and distances ar
     ("layers", 3, 1, 64, "hidden layers"),
     ("steps", 1200, 1, 10**7, "training steps"),
     ("batch", 1024, 1, 10**6, "data points per step, each used with +eps and -eps; not more than n"),
-    ("lr", 1.5e-2, 1e-8, 100, "peak of the one-cycle learning rate"),   # at 8e-3 slower, at 2e-2 erratic on the roll
+    ("lr", 1.5e-2, 1e-8, 100.0, "peak of the one-cycle learning rate"),   # at 8e-3 slower, at 2e-2 erratic on the roll
     ("K", 5, 1, 10**5, "Langevin steps per level (ald)"),
     ("kappa", 0.4, 1e-4, 1.9999, "Langevin step in units of sigma^2, eta = 2 kappa sigma^2 (ald, pc); it diverges from 2 on"),
     ("n_samples", 5000, 2, 10**6, "points in samples.npy and in every set behind an SW2"),
@@ -64,8 +64,7 @@ NUMBERS = [   # flag, default, lowest, highest, meaning; sigmas and distances ar
     ("seed", 0, 0, 2**32 - 1, "seed of everything random"),
 ]
 for flag, default, low, high, meaning in NUMBERS:
-    parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
-                        help=f"{meaning} [{low:g} ... {high:g}]")
+    parser.add_argument(f"--{flag}", type=type(high), default=default, help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
@@ -84,13 +83,13 @@ torch.set_num_threads(1)   # as fast as 2 for so small a network, and not 10 tim
 if args.data == "gmm2":   # 000's two Gaussians
     centres = torch.tensor([[0.0, 0.0], [3.0, 3.0]], dtype=torch.float64)
     covs = torch.tensor([[[1.0, 0.3], [0.3, 1.2]], [[0.6, -0.2], [-0.2, 0.8]]], dtype=torch.float64)
-else:   # 600 centres along a noise-free curve, as close together as their noise tau is wide
+else:   # 600 centres along a noise-free curve, at most about their noise tau apart
     t = 1.5 * np.pi * (1 + 2 * (np.arange(600) + 0.5) / 600)   # make_swiss_roll draws this angle at random
     curve, tau = {"circles": (make_circles(600, shuffle=False, factor=0.5)[0], 0.06),
                   "moons": (make_moons(600, shuffle=False)[0], 0.06),
                   "swiss_roll": (np.stack([t * np.cos(t), t * np.sin(t)], axis=1) / 7, 0.03)}[args.data]   # exercise 4.2
     centres, covs = torch.tensor(curve), (tau**2 * torch.eye(2, dtype=torch.float64)).expand(600, 2, 2)
-variances, axes = torch.linalg.eigh(covs)   # (M, 2) along the principal axes, which are the columns of (M, 2, 2); all in float64
+variances, axes = torch.linalg.eigh(covs)   # of the M Gaussians: (M, 2) along their axes, the columns of (M, 2, 2); all in float64
 
 def seeded(offset):
     """A generator of its own for evaluation and sampling, so that looking at the model does not change its training."""
@@ -212,7 +211,7 @@ def dsm_loss_multi_sigma(model, x, sigmas, w_mode="sigma2"):
     # Each x is used with +eps and with -eps: at small sigma most of the gradient's noise is odd in eps and cancels.
     sigma, eps = sigmas[t].repeat(2), torch.cat([eps, -eps])               # (2B,), (2B, 2)
     x_noisy = x.repeat(2, 1) + sigma[:, None] * eps                        # (2B, 2)
-    # Its mean over all x behind the same noisy point is the score of q_sigma; its spread around that mean is the loss's floor.
+    # The target's mean over all x behind one noisy point is the score of q_sigma; its spread around that mean is the loss's floor.
     target = -eps / sigma[:, None]                                         # (2B, 2)
     loss = 0.5 * (model(x_noisy, sigma.log()) - target).square().sum(-1)   # (2B,)
     return (sigma ** WEIGHT_POWER[w_mode] * loss).mean()
@@ -239,7 +238,7 @@ level_mean = lambda v: v.view(len(check_levels), -1).mean(1)   # (points,) -> me
 squared_error = lambda net: level_mean((score(check_x, check_sigma, net) - check_score).square().sum(-1))   # E||s - s*||^2 there
 
 weight = sigmas ** WEIGHT_POWER[args.w_mode]   # (T,)
-# Floor lambda/2 E tr Cov(x | x_noisy) / sigma^4; with Cov = sigma^2 I + sigma^4 Hessian of log q it needs only the Laplacian.
+# Floor lambda/2 E tr Cov(x | x_noisy) / sigma^4; with Cov = sigma^2 I + sigma^4 Hessian of log q it needs only the Laplacian (d = 2).
 floor = (weight / 2 * (2 / sigmas**2 + level_mean(check_laplacian)[::2])).mean().item()
 limit = 100 * max(floor, (weight / 2 * squared_error(model)[::2]).mean().item())   # an excess above this is a divergence
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
@@ -285,7 +284,7 @@ def langevin_step(score, x, sigma, kappa, generator):
 
 @torch.no_grad()
 def annealed_langevin_dynamics(score, x, sigmas, generator, K=5, kappa=0.4):
-    """003 section 4.3.3: K Langevin steps a level, then one denoising step. Its step rule and 001's do not work: theory.md 8.4."""
+    """003 section 4.3.3: K Langevin steps a level, then one denoising step. Its step rules and 001's suit one scale only: theory.md 8.4."""
     path = []
     for sigma in sigmas:
         for _ in range(K):
@@ -295,13 +294,13 @@ def annealed_langevin_dynamics(score, x, sigmas, generator, K=5, kappa=0.4):
 
 @torch.no_grad()
 def consistent_annealed_sampling(score, x, sigmas, generator, rho=lambda ratio: ratio, corrector_steps=0, corrector_kappa=0.4):
-    """Level by level, keep a part rho of the noise that is there and draw the rest anew (rho = 0: all of it): theory.md 7.3."""
+    """theory.md 7.3: keep a part rho(sigma_next / sigma) of the noise that is there, draw the rest anew (0: all of it, 1: none)."""
     path = [x]
     for sigma, sigma_next in zip(sigmas, sigmas[1:] + [0.0]):   # the last step, to sigma = 0, only denoises
         r = rho(sigma_next / sigma)
-        kappa = 1 - r * sigma_next / sigma
+        kappa = 1 - r * sigma_next / sigma   # below, 003's predictor adds noise of full size sigma_next: its variance grows with T
         x = x + kappa * sigma**2 * score(x, sigma) + sigma_next * math.sqrt(1 - r**2) * noise_like(x, generator)
-        for _ in range(corrector_steps if sigma_next else 0):   # 003's predictor adds noise sigma_next: its variance grows with T
+        for _ in range(corrector_steps if sigma_next else 0):
             x = langevin_step(score, x, sigma_next, corrector_kappa, generator)
         path.append(x)
     return path
@@ -323,7 +322,7 @@ SAMPLERS = {   # name: (sampler, its levels)
     "pc": (partial(consistent_annealed_sampling, corrector_steps=1, corrector_kappa=args.kappa), levels),   # predictor-corrector
     "ancestral": (consistent_annealed_sampling, levels),   # rho = sigma_next / sigma: DDPM
     "ddim": (partial(consistent_annealed_sampling, rho=lambda ratio: 1.0), levels),   # an Euler step of the probability-flow ODE
-    "heun": (heun, [levels[i] for i in np.linspace(0, args.T - 1, max(2, args.T // 2)).round().astype(int)]),   # two calls a step
+    "heun": (heun, [levels[i] for i in np.linspace(0, args.T - 1, max(2, args.T // 2)).round().astype(int)]),   # every 2nd: 2 calls a step
 }
 
 def sample_with_initialization(name, score, x_init, start, generator):
@@ -367,7 +366,7 @@ def vp_sampler(score, x, alphas, sigmas, generator, ddim=False):
 # %% Checks
 relative_error = (squared_error(model) / level_mean(check_score.square().sum(-1))).sqrt().cpu().numpy()   # (2T - 1,)
 log_sigma = check_levels.log().cpu().numpy()
-score_err = np.trapezoid(relative_error, log_sigma) / (log_sigma[-1] - log_sigma[0])   # mean over log sigma: any schedule
+score_err = np.trapezoid(relative_error, log_sigma) / (log_sigma[-1] - log_sigma[0])   # mean over log sigma: comparable between schedules
 print("\nsigma: relative score error sqrt(E||s - s*||^2 / E||s*||^2) under q_sigma, 1 for s = 0. Every other sigma lies between")
 print(f"two levels. Each error is from {len(check_x) // len(check_levels)} points: where one of them lies far out, the error jumps.")
 entries = [f"{s:7.3g}: {e:.3f}" for s, e in zip(check_levels.tolist(), relative_error)]

@@ -38,12 +38,12 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] + " Lengths
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: cuda where there is one, else cpu")
 parser.add_argument("--outdir", default="out_dsm_homework", help="folder for pictures, samples.npy, model.pt and summary.json")
-NUMBERS = [   # flag, default, lowest, highest, meaning; the homework asks for epochs > 50, lr > 1e-3, hidden > 32
+NUMBERS = [   # flag, default, lowest, highest (of the flag's type), meaning; the homework asks for epochs > 50, lr > 1e-3, hidden > 32
     ("n", 5000, 10, 10**7, "points of make_moons, 80 %% of them for training"),
-    ("sigma", 0.1, 1e-3, 100, "the noise level"),
+    ("sigma", 0.1, 1e-3, 100.0, "the noise level"),
     ("epochs", 300, 1, 10**6, "passes over the training points"),
     ("batch", 500, 1, 10**6, "training points per step"),   # 1000 at lr 2e-2: same error, but with one seed of three a moon gets 55 %
-    ("lr", 1e-2, 1e-8, 100, "peak of the one-cycle learning rate"),
+    ("lr", 1e-2, 1e-8, 100.0, "peak of the one-cycle learning rate"),
     ("hidden", 48, 1, 8192, "width of the network"),
     ("layers", 4, 1, 64, "hidden layers"),   # 3 layers of 64: the score error is larger by a fifth after equal time
     ("num_steps", 1000, 1, 10**6, "Langevin steps"),
@@ -52,8 +52,7 @@ NUMBERS = [   # flag, default, lowest, highest, meaning; the homework asks for e
     ("seed", 0, 0, 2**32 - 1, "seed of everything random"),
 ]
 for flag, default, low, high, meaning in NUMBERS:
-    parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
-                        help=f"{meaning} [{low:g} ... {high:g}]")
+    parser.add_argument(f"--{flag}", type=type(high), default=default, help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)

@@ -39,24 +39,23 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] + " Lengths
 parser.add_argument("--activation", default="silu", choices=["silu", "softplus", "tanh", "relu"], help="of the networks (not relu)")
 parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: cuda where there is one, else cpu")
 parser.add_argument("--outdir", default="out_implicit_sm", help="folder for pictures, samples.npy, model.pt and summary.json")
-NUMBERS = [   # flag, default, lowest, highest, meaning
+NUMBERS = [   # flag, default, lowest, highest (of the flag's type), meaning
     ("n", 20000, 2, 10**7, "training points, as many in 1-D as in 2-D"),
     ("n_few", 30, 2, 10**6, "training points of the run that over-fits; not more than n"),
     ("n_hutchinson", 1, 1, 10**4, "random vectors per point in Hutchinson's trace"),
-    ("sigma", 0.5, 0.1, 1, "standard deviation of every kind of noise"),
+    ("sigma", 0.5, 0.1, 1.0, "standard deviation of every kind of noise"),
     ("hidden", 64, 1, 8192, "width of the networks"),
     ("layers", 2, 1, 64, "hidden layers"),
     ("steps", 700, 1, 10**7, "training steps of each network"),
     ("batch", 1024, 1, 10**6, "data points per step; not more than n"),
-    ("lr", 2e-2, 1e-8, 100, "peak of the one-cycle learning rate"),
+    ("lr", 2e-2, 1e-8, 100.0, "peak of the one-cycle learning rate"),
     ("K", 200, 1, 10**5, "Langevin steps"),
-    ("eta", 0.1, 1e-6, 2, "size of a Langevin step; on modes of variance 1 they diverge from 4 on"),
+    ("eta", 0.1, 1e-6, 2.0, "size of a Langevin step; on modes of variance 1 they diverge from 4 on"),
     ("n_samples", 2000, 2, 10**6, "points in samples.npy and in every set behind an SW2"),
     ("seed", 0, 0, 2**32 - 1, "seed of everything random"),
 ]
 for flag, default, low, high, meaning in NUMBERS:
-    parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
-                        help=f"{meaning} [{low:g} ... {high:g}]")
+    parser.add_argument(f"--{flag}", type=type(high), default=default, help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--data", default="auto", choices=["auto", "mnist", "digits"], help="auto: mnist (28x28), or else digits (8x8)")
-parser.add_argument("--data_dir", help="folder with MNIST's IDX files, raw or .gz (None: from openml.org, kept by scikit-learn)")
+parser.add_argument("--data_dir", help="folder of MNIST's IDX files, raw or .gz (None: openml.org, kept by scikit-learn); digits need none")
 parser.add_argument("--net", default="resnet", choices=["resnet", "unet"], help="resnet: after the homework's network; unet: after 003's")
 parser.add_argument("--sampler", default="pc", choices=["ald", "pc", "ancestral", "ddim"], help="sampler of samples.npy")
 parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: cuda where there is one, else cpu")
@@ -46,7 +46,7 @@ parser.add_argument("--outdir", default="out_ncsn_mnist", help="folder for pictu
 one_of = parser.add_mutually_exclusive_group()
 one_of.add_argument("--load", help="weights (model.pt) of a run with the same data, levels and network: sample without training")
 one_of.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --outdir, with the settings of that run")
-NUMBERS = [   # flag, default, lowest, highest, meaning
+NUMBERS = [   # flag, default, lowest, highest (of the flag's type), meaning
     ("T", 32, 1, 1000, "noise levels, geometric"),   # with 001's 10 the noise is halved from level to level: too coarse
     ("sigma_min", 0.02, 1e-3, 0.5, "smallest level; pixels run from -1 to 1, two grey values of mnist differ by 0.008"),
     ("sigma_max", 10.0, 1.0, 100.0, "largest level, of the order of the distance between two images"),
@@ -61,8 +61,7 @@ NUMBERS = [   # flag, default, lowest, highest, meaning
     ("seed", 0, 0, 2**32 - 1, "seed of everything random"),
 ]
 for flag, default, low, high, meaning in NUMBERS:
-    parser.add_argument(f"--{flag}", type=type(low) if isinstance(high, int) else float, default=default,
-                        help=f"{meaning} [{low:g} ... {high:g}]")
+    parser.add_argument(f"--{flag}", type=type(high), default=default, help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
@@ -74,8 +73,8 @@ available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backen
 if args.device != "auto" and not available[args.device]:
     parser.error(f"argument --device: no {args.device} on this machine")
 device = torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
-fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))   # elsewhere emulated, slower than float32
-bf16 = fast if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+cpu_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))   # elsewhere emulated and slow
+bf16 = cpu_bf16 if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 torch.manual_seed(args.seed)
 
 # %% Data: images (N, 1, H, W) in [-1, 1]
@@ -91,7 +90,7 @@ def read_idx(folder, name):
 
 def load_mnist(folder):
     """Training and held-out images, uint8 (60000, 28, 28) and (10000, 28, 28)."""
-    if folder:
+    if folder is not None:
         return [read_idx(folder, name) for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")]
     socket.setdefaulttimeout(60)
     print("fetching MNIST from openml.org: 15 MB the first time, and reading it takes 30 s and 1.2 GB of memory without pandas ...")
@@ -103,7 +102,7 @@ try:
     images = load_mnist(args.data_dir) if data == "mnist" else None
 except Exception as error:   # no network, a proxy's page, a full disk, a broken file, ...
     reason = f"cannot read MNIST from {args.data_dir or 'openml.org'}: {type(error).__name__}: {error}".splitlines()[0]
-    if args.data_dir or args.data == "mnist":
+    if args.data_dir is not None or args.data == "mnist":
         parser.error(f"argument --data_dir: {reason}; give a folder with its whole IDX files")
     print(f"!!! {reason}: going on with scikit-learn's 8x8 digits. For MNIST give --data_dir FOLDER with its IDX files. !!!")
     data = "digits"
@@ -150,7 +149,7 @@ class ConditionedSimpleResnet(nn.Module):
     """The homework's network, (B, in_channels, H, W), (B,) -> (B, out_channels, H, W); H and W divisible by 4."""
     def __init__(self, in_channels, out_channels, n_filters, n_blocks, num_embeddings, block=ConditionedResnetBlock):
         super().__init__()
-        outer, wide = n_blocks // 4, 2 * n_filters   # half of the blocks work on 7x7 pixels and see a whole digit; 001's see 19 of 28
+        outer, wide = n_blocks // 4, 2 * n_filters   # half of the blocks work on 7x7 pixels and see a whole digit; 001's at most 19 of 28
         blocks = lambda dim, n: nn.ModuleList([block(dim, num_embeddings) for _ in range(n)])
         self.first_block = nn.Conv2d(4 * in_channels, n_filters, 3, padding=1)
         self.before, self.middle, self.after = blocks(n_filters, outer), blocks(wide, n_blocks - 2 * outer), blocks(n_filters, outer)
@@ -198,7 +197,7 @@ class UNet(ConditionedSimpleResnet):
     """003's U-Net for 28 pixels, (B, C, H, W), level index (B,) -> (B, C, H, W): its blocks, its embedding, one skip."""
     def __init__(self, channels, dim, n_blocks, sigmas, embed_dim=64):
         super().__init__(channels, channels, dim, n_blocks, embed_dim, ResBlock)
-        angles = sigmas.log()[:, None] * torch.linspace(0.125, 2, 16)   # (T, 16); to 003's sin(2^k pi sigma), 2, 4 and 10 are one
+        angles = sigmas.log()[:, None] * torch.linspace(0.125, 2, 16)   # (T, 16); in 003's text sin(2^k pi sigma): 2, 4, 10 are one
         self.register_buffer("waves", torch.cat([angles.sin(), angles.cos()], dim=1))   # (T, 32)
         self.embed = nn.Sequential(nn.Linear(32, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim), nn.SiLU())
         self.merge = nn.Conv2d(2 * dim, dim, 1)   # 003's skips do not fit their convolutions
@@ -207,7 +206,7 @@ class UNet(ConditionedSimpleResnet):
         return super().forward(x, self.embed(self.waves[y]))
 
 class PreconditionedScore(nn.Module):
-    """score_model(x, level index) -> score, from a network F that sees and answers unit variance at every level; theory.md 7."""
+    """score_model(x, level index) -> score, from a network that sees and answers unit variance at every level (F in theory.md 7.1)."""
     def __init__(self, net, sigmas, mean, sigma_data, bf16=False):
         super().__init__()
         self.net, self.bf16 = net, bf16
@@ -229,8 +228,8 @@ class NoiseConditionedScoreNetwork(nn.Module):
         self.score_model, self.input_shape = score_model, tuple(input_shape)
         sigmas = torch.tensor(sorted(map(float, sigmas), reverse=True))   # index 0 is the largest
         self.register_buffer("sigmas", sigmas)   # 001's plain attribute is neither saved nor moved by .to()
-        self.register_buffer("weights", (sigmas / sigmas[0]) ** 2 if weights is None else weights, persistent=False)   # (T,)
-        self.register_buffer("probs", torch.ones_like(sigmas) if probs is None else probs, persistent=False)   # (T,), to draw a level
+        self.register_buffer("weights", (sigmas / sigmas[0]) ** 2 if weights is None else weights, persistent=False)   # (T,) descending
+        self.register_buffer("probs", torch.ones_like(sigmas) if probs is None else probs, persistent=False)   # (T,) descending
 
     device = property(lambda self: self.sigmas.device)   # 001 has it, too
 
@@ -263,7 +262,7 @@ class NoiseConditionedScoreNetwork(nn.Module):
         return x + sigmas[-1] ** 2 * self.score_model(x, torch.full((num_samples,), len(sigmas) - 1, device=self.device))
 
 sigmas = torch.tensor(levels)   # (T,)
-# With these weights the loss is the mean square error of the network's own answer F, so all levels weigh alike (theory.md 7.1).
+# With these weights the loss is the mean square error of the network's own answer (theory.md 7.1's F), so all levels weigh alike.
 # The levels are drawn around sigma = 0.4 (log-normal, width 1.2), where a digit takes its shape. Frechet distance of the digits
 # after one epoch 10.7; with levels drawn uniformly 12.7; with 001's weight, too, 17.9 (README.md says how it is measured).
 weights = (sigmas**2 + sigma_data**2) * (sigmas / sigma_data) ** 2 / x_data[0].numel()
@@ -300,7 +299,7 @@ settings = {"data": data, "device": device.type} | {name: getattr(args, name) fo
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
 # The decay grows as (1 + n)/(10 + n) to 0.998: at a constant one the average of a short run is still the random start.
 ema = AveragedModel(model, avg_fn=lambda old, new, n: torch.lerp(old, new, 1 - min(0.998, (1 + n.item()) / (10 + n.item()))))
-rng = torch.cuda if device.type == "cuda" else torch   # whose generator the training uses
+rng = torch if device.type == "cpu" else getattr(torch, device.type)   # whose generator the training uses
 parts, per_epoch = {"model": model, "ema": ema, "optimizer": optimizer}, len(x_data) // args.batch
 steps, step, history, order = 0 if args.load else args.epochs * per_epoch, 0, [], None
 if args.load or args.resume:
@@ -320,7 +319,8 @@ if args.load or args.resume:
 if args.resume:
     step, history = state["step"], state["history"]
     rng.set_rng_state(state["rng"])
-interrupted, usual = [], signal.getsignal(signal.SIGINT)   # Ctrl-C lets the step under way end, a second one has its usual effect
+# The first Ctrl-C leaves a mark, so that the step under way ends, and puts the usual handler back for a second one.
+interrupted, usual = [], signal.getsignal(signal.SIGINT)
 signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, usual)))
 x_data, started = x_data.to(device), time.time()
 with tqdm(total=steps * args.batch, initial=step * args.batch, desc="training", unit="img", mininterval=1, disable=not steps) as bar:
@@ -376,7 +376,7 @@ def run_sampler(name, x, sigmas, generator, bar, kappa=args.kappa):
         x <- x + (1 - rho sigma_next/sigma) sigma^2 s + sigma_next sqrt(1 - rho^2) z        to sigma_next; theory.md 7.3
 
     rho = 1: DDIM. rho = sigma_next/sigma: ancestral = DDPM, and with K > 0 predictor-corrector (003 adds noise sigma_next
-    here: its variance grows with T). None, no steps between levels: annealed Langevin. To sigma_next = 0 all denoise.
+    here: its variance grows with T). None, no steps between levels: annealed Langevin. The step to 0 denoises in all.
     """
     path, (rho, K) = [x], SAMPLERS[name]
     for sigma, sigma_next in zip(sigmas, sigmas[1:] + [0.0]):

@@ -44,27 +44,26 @@ parser.add_argument("--loss", default="ssm_vr", choices=["explicit", "exact", "s
 parser.add_argument("--slices", default="rademacher", choices=["rademacher", "gaussian", "sphere"], help="law of the directions v")
 parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: cuda where there is one, else cpu")
 parser.add_argument("--outdir", default="out_sliced_sm", help="folder for pictures, samples.npy, model.pt and summary.json")
-NUMBERS = [   # flag, default, lowest, highest, meaning
+NUMBERS = [   # flag, default, lowest, highest (of the flag's type), meaning
     ("n", 50000, 10, 10**7, "training points"),
     ("dim", 20, 1, 1000, "dimension of the second data set, a mixture of three correlated Gaussians"),
     ("n_slices", 1, 1, 10**4, "directions per point"),
-    ("h", 0.01, 1e-8, 10, "step of the finite differences"),
+    ("h", 0.01, 1e-8, 10.0, "step of the finite differences"),
     ("sigma", 0.1, 1e-4, 1e4, "noise of denoising score matching, which learns q_sigma instead of p"),
     ("hidden", 64, 1, 8192, "width of the network"),
     ("layers", 3, 1, 64, "hidden layers"),
     ("steps", 600, 1, 10**7, "training steps"),
     ("batch", 256, 1, 10**6, "data points per step; not more than n"),
-    ("lr", 1e-2, 1e-8, 100, "peak of the one-cycle learning rate"),
+    ("lr", 1e-2, 1e-8, 100.0, "peak of the one-cycle learning rate"),
     ("points", 20000, 10, 10**7, "points behind each variance"),
     ("d_max", 1000, 2, 1000, "largest dimension in which a step is timed"),
     ("K", 500, 1, 10**5, "Langevin steps"),
-    ("eta", 0.01, 1e-8, 100, "size of a Langevin step, x + (eta/2) s + sqrt(eta) z"),
+    ("eta", 0.01, 1e-8, 100.0, "size of a Langevin step, x + (eta/2) s + sqrt(eta) z"),
     ("n_samples", 2000, 2, 10**6, "points in samples.npy and in every set behind an SW2"),
     ("seed", 0, 0, 2**32 - 1, "seed of everything random"),
 ]
 for flag, default, low, high, meaning in NUMBERS:
-    parser.add_argument(f"--{flag}", type=float if default is None else type(default), default=default,
-                        help=f"{meaning} [{low:g} ... {high:g}]")
+    parser.add_argument(f"--{flag}", type=type(high), default=default, help=f"{meaning} [{low:g} ... {high:g}]")
 args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
 for flag, default, low, high, meaning in NUMBERS:
     value = getattr(args, flag)
