@@ -242,7 +242,7 @@ weight = sigmas ** WEIGHT_POWER[args.w_mode]   # (T,)
 floor = (weight / 2 * (2 / sigmas**2 + level_mean(check_laplacian)[::2])).mean().item()
 limit = 100 * max(floor, (weight / 2 * squared_error(model)[::2]).mean().item())   # an excess above this is a divergence
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # 10 divides by 0
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # +10: 10 divides by 0
 # The decay grows as (1 + n)/(10 + n) to 0.995: at a constant 0.999, 82 % of the average is still the start after 200 steps.
 ema = AveragedModel(model, avg_fn=lambda old, new, n: torch.lerp(old, new, 1 - min(0.995, (1 + n.item()) / (10 + n.item()))))
 x_data = x_data.to(device)
@@ -372,15 +372,15 @@ print(f"two levels. Each error is from {len(check_x) // len(check_levels)} point
 entries = [f"{s:7.3g}: {e:.3f}" for s, e in zip(check_levels.tolist(), relative_error)]
 print("\n".join("  ".join(entries[i:i + 8]) for i in range(0, len(entries), 8)))
 
-angles = torch.arange(32) * math.pi / 32
-directions = torch.stack([angles.cos(), angles.sin()])   # (2, 32)
+directions = torch.stack([f(torch.arange(32) * math.pi / 32) for f in (torch.cos, torch.sin)])   # (2, 32)
 
 def projections(x):
     """(n, 2) -> (32, n): sorted projections. The RMS difference of two of these is the sliced 2-Wasserstein distance SW2."""
     return (x.cpu() @ directions).T.sort().values
 
-def mean_sw2(pairs):
-    return float(np.mean([(a - b).square().mean().sqrt() for a, b in pairs]))
+mean_sw2 = lambda pairs: float(np.mean([(a - b).square().mean().sqrt() for a, b in pairs]))
+
+fresh = [projections(sample_data(args.n_samples, seeded(300 + i))) for i in range(8)]
 
 def generate(name, sets, source=one_gaussian, start=0):
     """Runs of a sampler from a source of points: path of the first, mean SW2 of all to fresh data, network calls of one."""
@@ -397,7 +397,6 @@ def generate(name, sets, source=one_gaussian, start=0):
         ends.append(projections(path[-1]))
     return first, mean_sw2(product(ends, fresh)), len(calls) // sets
 
-fresh = [projections(sample_data(args.n_samples, seeded(300 + i))) for i in range(8)]
 sw2_floor = mean_sw2(combinations(fresh, 2))
 print(f"\nSW2 (data units) of {args.n_samples} samples to fresh data; floor, two fresh sets: {sw2_floor:.4f}; means of 2 sets vary by 10 %")
 print("sampler    sets  calls     SW2   SW2/floor")

@@ -6,7 +6,7 @@ Reads beside: notes 001 problem 2; 002 part 1.3 and closing question; 003 sectio
     python implicit_sm.py --activation relu             # warned of: the gradient of the trace is then wrong
     python implicit_sm.py --help                        # every setting with its unit, range and default
 
-All data are mixtures of Gaussians, so densities and scores are known, and every identity is checked by quadrature.
+All data but Exp(1) are mixtures of Gaussians, so densities and scores are known, and every identity is checked by quadrature.
 
 A good run takes 41 s and ends like this (2 CPU cores, Python 3.11, torch 2.13.0; errors: 0 is perfect, 1 is what s = 0 has):
     seed=0 steps=700 activation=silu err_1d=0.0603 err_relu=0.8784 err_2d=0.0441 err_hutchinson=0.0557
@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] + " Lengths are in data units.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--activation", default="silu", choices=["silu", "softplus", "tanh", "relu"], help="of the networks (not relu)")
+parser.add_argument("--activation", default="silu", choices=["silu", "softplus", "tanh", "relu"], help="of the networks; relu fails")
 parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: cuda where there is one, else cpu")
 parser.add_argument("--outdir", default="out_implicit_sm", help="folder for pictures, samples.npy, model.pt and summary.json")
 NUMBERS = [   # flag, default, lowest, highest (of the flag's type), meaning
@@ -111,7 +111,7 @@ def panels(breaks, order=12):
     return torch.tensor((middle + half * u).ravel()), torch.tensor((half * w).ravel())
 
 def nodes(law, *kinks):
-    """Points x (N, d) and weights P (N,) with which sum(P f(x)) = E f(x) under a mixture, d = 1 or 2."""
+    """Points x (N, d) and weights P (N,) with which sum(P f(x)) = E f(x) under a mixture, d = 1 (f may have kinks) or 2."""
     d = law[0].shape[1]
     u, w = panels([*np.linspace(-12, 12, 97), *kinks] if d == 1 else np.linspace(-9, 9, 19))
     x, w = (torch.cartesian_prod(*[v] * d).view(-1, d) for v in (u, w))   # (N, d)
@@ -146,7 +146,7 @@ def compute_score_matching_loss_hutchinson(model, x, n_hutchinson=args.n_hutchin
     return (0.5 * s.square().sum(-1) + trace).mean()
 
 def denoising_loss(model, x, n, target):
-    """|s(x + n) - target|^2 / 2, target = d log k / dn, all (B, d) -> scalar; with +n and -n, as every kernel k here is even."""
+    """|s(x + n) - target|^2 / 2, target = d log k / dn, all (B, d) -> scalar; with +n and -n, as every noise density k here is even."""
     return 0.5 * (model(torch.cat([x + n, x - n])) - torch.cat([target, -target])).square().sum(-1).mean()
 
 # %% Part 1: E|s - s*|^2 / 2 = E[|s|^2 / 2 + tr ds/dx] + E|s*|^2 / 2 for any s
@@ -175,7 +175,7 @@ for law, name, s in ROWS:
 
 # %% Part 2: training
 class ScoreNet(nn.Module):
-    """model(x) -> score, (B, d) -> (B, d): a network of standardised x plus the score of a Gaussian with the data's moments."""
+    """model(x) -> score, (B, d) -> (B, d): the score of a Gaussian with the data's mean and variances, plus a network that starts at 0."""
     def __init__(self, x, activation=args.activation):
         super().__init__()
         self.register_buffer("mean", x.mean(0))
@@ -196,20 +196,19 @@ def train(model, loss, x, fresh):
     model, x, fresh = (item.float().to(device) for item in (model, x, fresh))
     losses, history, every = [], [], max(1, args.steps // 25)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # 10 divides by 0
-    with tqdm(range(1, args.steps + 1), desc="training", mininterval=0.5, leave=False) as bar:
-        for step in bar:
-            value = loss(model, x[torch.randint(len(x), (args.batch,), device=device)])
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            scheduler.step()
-            losses.append(value.item())
-            if not -math.inf < losses[-1] < 1e7:   # nan, too; on few points it may fall without limit
-                sys.exit(f"diverged at step {step}: loss {losses[-1]:.3g}; try a --lr below {args.lr:g}")
-            if step % every == 0 or step == args.steps:
-                history.append((step, np.mean(losses[-every:]), implicit_loss(model, fresh).mean().item()))
-                bar.set_postfix_str(f"loss {history[-1][1]:.4g}, on fresh points {history[-1][2]:.4g}")
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # +10: 10 divides by 0
+    for step in (bar := tqdm(range(1, args.steps + 1), desc="training", mininterval=0.5, leave=False)):
+        value = loss(model, x[torch.randint(len(x), (args.batch,), device=device)])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(value.item())
+        if not -math.inf < losses[-1] < 1e7:   # nan, too; on few points it may fall without limit
+            sys.exit(f"diverged at step {step}: loss {losses[-1]:.3g}; try a --lr below {args.lr:g}")
+        if step % every == 0 or step == args.steps:
+            history.append((step, np.mean(losses[-every:]), implicit_loss(model, fresh).mean().item()))
+            bar.set_postfix_str(f"loss {history[-1][1]:.4g}, on fresh points {history[-1][2]:.4g}")
     return model.requires_grad_(False).cpu().double(), losses, history
 
 def relative_error(values, exact, P):
@@ -265,15 +264,13 @@ def langevin_dynamics(score, x, eta, K, generator):
         x = x + eta / 2 * score(x) + math.sqrt(eta) * torch.randn(x.shape, generator=generator, dtype=x.dtype)
     return x
 
-angles = torch.arange(32) * math.pi / 32
-directions = torch.stack([angles.cos(), angles.sin()])   # (2, 32)
+directions = torch.stack([f(torch.arange(32) * math.pi / 32) for f in (torch.cos, torch.sin)])   # (2, 32)
 
 def projections(x):
     """(n, 2) -> (32, n): sorted projections. The RMS difference of two of these is the sliced 2-Wasserstein distance SW2."""
     return (x.cpu() @ directions).T.sort().values
 
-def mean_sw2(pairs):
-    return float(np.mean([(a - b).square().mean().sqrt() for a, b in pairs]))
+mean_sw2 = lambda pairs: float(np.mean([(a - b).square().mean().sqrt() for a, b in pairs]))
 
 starts = [model.mean + model.std * torch.randn(args.n_samples, 2, generator=seeded(100 + i)) for i in range(2)]
 clouds = [langevin_dynamics(score, x, args.eta, args.K, seeded(200 + i)).float() for i, x in enumerate(starts)]
@@ -319,9 +316,9 @@ level = torch.stack([x1, x2_squared.sqrt()], 1)[x2_squared > 0.01]
 starts = torch.cartesian_prod(torch.linspace(-3, 3, 9), torch.linspace(-2, 2, 5)).double() + 0.01   # off the axes of symmetry
 FIELDS, critical = {"exact": exact_score, "learned": score}, {}
 for name, field in FIELDS.items():
-    critical[name] = find_critical_points(field, starts)
-    points = torch.cat([tensor([-2.0, 0.0], [math.acosh(math.sqrt(2)) / 2, 0.0]), critical[name]])
+    points = torch.cat([tensor([-2.0, 0.0], [math.acosh(math.sqrt(2)) / 2, 0.0]), find_critical_points(field, starts)])
     g = analyze_score_geometry(field, points)
+    critical[name] = list(zip(points, g["kind"]))[2:]
     for x, s, e, div, kind in zip(points, g["score"], g["eigenvalues"].real, g["divergence"], g["kind"]):
         print(f"{name:7s}  ({x[0]:10.7f}, {x[1]:8.5f})  {s.norm():9.2e}  ({e[0]:10.7f}, {e[1]:10.7f})  {div:12.7f}  {kind}")
     J, cosine = g["hessian"], torch.cosine_similarity(level[2:] - level[:-2], field(level[1:-1])).abs()
@@ -348,7 +345,7 @@ KERNELS = {   # name: (scale a over sigma, draws of t = n/a, log k up to a const
 target_of = lambda log_k, a: grad(lambda n: log_k(n / a).sum())   # n -> d log k / dn; it does not see jumps
 
 def kernel_scores(log_k, a, bounded, x):
-    """At x (N,): q, its score with the derivative taken on p, E[d log k / dn | x] with it taken on k; I(k), cut off near its edge."""
+    """At x (N,): q, its score with the derivative taken on p, E[d log k / dn | x] with it taken on k; I(k) to 1e-4, 1e-8 from its edge."""
     edges, reach = a * (1 - np.logspace(-1, -9, 9)), a if bounded else 18   # finer towards the edge, if any
     n, w = panels(np.clip([*np.linspace(-18, 18, 145), *args.sigma * np.linspace(-6, 6, 49), *edges, *-edges], -reach, reach))
     k, target = w * log_k(n / a).exp(), target_of(log_k, a)(n)   # (M,)
@@ -409,7 +406,7 @@ for ax, title in zip(axs, ("exact score", "learned score", "Langevin draws from 
 for ax, (name, field), colour in zip(axs, FIELDS.items(), (BLUE, ORANGE)):
     ax.quiver(*arrows.T, *field(arrows).T, angles="xy", color=colour, width=0.004)
     ax.contour(u, v, analyze_score_geometry(field, points)["divergence"].view(61, 91), [0], colors="black", linestyles="--")
-    for x, kind in zip(critical[name], analyze_score_geometry(field, critical[name])["kind"]):
+    for x, kind in critical[name]:
         ax.plot(*x, {"peak": "^", "saddle": "X"}.get(kind, "o"), color="black", ms=9, mec="white")
 axs[2].scatter(*samples[:1500].T, s=3, color=ORANGE, alpha=0.5, linewidths=0)
 fig.suptitle("Arrows cross the level sets of $p$ at right angles; peaks (triangles), saddle (cross), divergence 0 (dashed)", y=0.98)
@@ -432,8 +429,7 @@ summary = dict(seed=args.seed, steps=args.steps, activation=args.activation, err
                err_2d=round(err_2d, 4), err_hutchinson=round(err_hutchinson, 4), err_few=round(err_few, 2), err_dsm=round(err_dsm, 4),
                identities=float(f"{max(map(abs, gaps)):.0e}"), kernels=round(max(errors), 4), uniform=round(err_uniform, 4),
                SW2=round(sw2, 4), floor=round(sw2_floor, 4), train_s=round(train_s, 1))
-record = {"settings": vars(args), "figures": summary}
-save("summary.json", lambda file: file.write_text(json.dumps(record, indent=1)))
+save("summary.json", lambda file: file.write_text(json.dumps({"settings": vars(args), "figures": summary}, indent=1)))
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # /// script

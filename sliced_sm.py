@@ -147,8 +147,8 @@ class ScoreMLP(nn.Module):
         return (self.net(x) - x) / self.scale
 
 # %% Loss
-# Each is loss(score_fn, x, v, c) -> (B,): score_fn maps (B, d) to (B, d), v (m, B, d) are directions with E[v v'] = c I. But for
-# dsm all have the mean E[tr J + |s|^2/2] = E|s - grad log p|^2/2 - E|grad log p|^2/2 (explicit: plus E|grad log p|^2/2), J = ds/dx:
+# Each is loss(score_fn, x, v, c) -> (B,): score_fn maps (B, d) to (B, d), v (m, B, d) are directions with E[v v'] = c I. J = ds/dx.
+# All but dsm have the mean E[tr J + |s|^2/2] = E|s - grad log p|^2/2 - E|grad log p|^2/2 (explicit: without the last term):
 #     explicit  nothing is projected       nothing differentiated        1 forward, and the exact score: the oracle
 #     exact     nothing                    s along all d axes            1 forward, d backward
 #     ssm_vr    J on v                     s along v                     1 forward, 1 backward per slice
@@ -157,7 +157,7 @@ class ScoreMLP(nn.Module):
 #     dsm       nothing                    nothing: it learns q_sigma    1 forward per noise
 # Training adds one pass back through all of it. theory.md 5.
 def slices(x, kind="rademacher", m=1):
-    """m directions v for each point of x (B, d), and c; the d "axes", too, are slices, and those with which nothing is random."""
+    """m directions v for each point of x (B, d), (m, B, d), and c. The d "axes" are slices, too: with them nothing is random."""
     d = x.shape[1]
     if kind is None:
         return None, 1.0
@@ -181,7 +181,7 @@ def explicit(score_fn, x, v=None, c=1.0, target=exact_score):
     return 0.5 * (score_fn(x) - target(x)).square().sum(-1)
 
 def sliced_score_matching_loss(score_fn, x, v, c=1.0):
-    """SSM: (v'Jv + (v's)^2/2)/c. 003's draws v itself and is twice this; its "more stable" version is the same to the last bit."""
+    """SSM: (v'Jv + (v's)^2/2)/c. 003's draws unit v and is 2/d times this; its "more stable" version is the same to the last bit."""
     s, vJ = directional(score_fn, x, v)
     return (((vJ * v).sum(-1) + 0.5 * (s * v).sum(-1) ** 2) / c).mean(0)
 
@@ -243,7 +243,7 @@ def train(data, name, loss, kind, activation=nn.SiLU):
     torch.manual_seed(args.seed)
     net = ScoreMLP(x_train, args.hidden, args.layers, activation).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # 10 divides by 0
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # +10: 10 divides by 0
     batches, seconds, history = seeded(3), 0.0, []
     for step in (bar := tqdm(range(1, args.steps + 1), desc=f"{data}, {name}", mininterval=0.5, leave=False)):
         x = x_train[torch.randint(args.n, (args.batch,), generator=batches).to(device)]
@@ -280,15 +280,13 @@ def langevin_dynamics(score, x, eta, K, generator):
         x = x + eta / 2 * score(x) + math.sqrt(eta) * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     return x
 
-angles = torch.arange(32) * math.pi / 32
-directions = torch.stack([angles.cos(), angles.sin()])   # (2, 32)
+directions = torch.stack([f(torch.arange(32) * math.pi / 32) for f in (torch.cos, torch.sin)])   # (2, 32)
 
 def projections(x):
     """(n, 2) -> (32, n): sorted projections. The RMS difference of two of these is the sliced 2-Wasserstein distance SW2."""
     return (x.cpu() @ directions).T.sort().values
 
-def mean_sw2(pairs):
-    return float(np.mean([(a - b).square().mean().sqrt() for a, b in pairs]))
+mean_sw2 = lambda pairs: float(np.mean([(a - b).square().mean().sqrt() for a, b in pairs]))
 
 root = torch.linalg.cholesky(torch.cov(x_data.T))
 starts = [x_data.mean(0) + torch.randn(args.n_samples, 2, generator=seeded(100 + i)).to(device) @ root.T for i in range(3)]
@@ -303,6 +301,9 @@ print(f"\nSW2 (data units) of {args.n_samples} Langevin samples of {args.loss} t
 save("samples.npy", lambda file: np.save(file, samples.numpy()))
 
 # %% Checks: part 2, variance of a loss at one point
+KINDS, M, one_eps = ["rademacher", "gaussian", "sphere"], (1, 3, 10), partial(dsm, signs=(1,))
+net, points = runs["correlated", "ssm_vr"][0], sample_data(DATA["correlated"][0], args.points, seeded(4)).to(device)
+
 def slicing_variance(A, kind):
     """Var over v of v'Av/c for matrices A (B, d, d), (B,); theory.md 5.4."""
     A = (A + A.mT) / 2
@@ -311,7 +312,7 @@ def slicing_variance(A, kind):
             "sphere": 2 * d / (d + 2) * (square - diagonal.sum(1) ** 2 / d)}[kind]
 
 def added_by_a_slice(score_fn, x, v, c):
-    """Its variance at x for J, J + s s'/2, e e'/2 (what ssm_vr, ssm, sliced dsm project) and three kinds, (B, 9); v are the axes."""
+    """slicing_variance at x of J, J + s s'/2, e e'/2 (what ssm_vr, ssm, sliced dsm project), three kinds each, (B, 9); v: the axes."""
     s, J = directional(score_fn, x, v)                                             # (B, d), (d, B, d)
     eps, half = torch.randn_like(x), lambda a: a[:, :, None] * a[:, None] / 2
     e, J = score_fn(x + args.sigma * eps) + eps / args.sigma, J.transpose(0, 1)    # (B, d), (B, d, d)
@@ -322,8 +323,6 @@ def at_points(loss, kind, m=1):
     return torch.cat([loss(net, x, *slices(x, kind, m)).detach() for x in parts(points, kind, m)])
 
 torch.manual_seed(args.seed)
-KINDS, M, one_eps = ["rademacher", "gaussian", "sphere"], (1, 3, 10), partial(dsm, signs=(1,))
-net, points = runs["correlated", "ssm_vr"][0], sample_data(DATA["correlated"][0], args.points, seeded(4)).to(device)
 whole, whole_dsm = at_points(ssm_vr, "axes"), at_points(one_eps, None)
 added = at_points(added_by_a_slice, "axes").mean(0).view(3, 3).tolist()
 print(f"\n2. Variance of a loss at one of {args.points} points, d = {args.dim}, with m slices, and in brackets the law of total variance")
@@ -352,7 +351,7 @@ for d in dims:
     x = torch.randn(128, d, device=device)
     mlp = ScoreMLP(x, args.hidden, args.layers).to(device)
     optimizer = torch.optim.Adam(mlp.parameters(), lr=1e-4, fused=True)
-    times = {name: [] for name in METHODS if d <= 300 or name != "exact, loop"}   # which would take 20 s at d = 1000
+    times = {name: [] for name in METHODS if d <= 300 or name != "exact, loop"}   # it would take 20 s at d = 1000
     for name in list(times) * 30:   # in turn, so that a slow moment of the machine meets them all
         if sum(times[name]) < 0.7:
             times[name].append(training_step(mlp, optimizer, x, *METHODS[name]))
@@ -364,7 +363,6 @@ print(f"{'d':15s}" + "".join(f"{d:>9}" for d in dims))
 count = {"exact / m = 10": {d: cost["exact"][d] / cost["ssm_vr, m = 10"][d] for d in dims}, "003: d / 10": {d: d / 10 for d in dims}}
 for name, row in (ratio | count).items():
     print(f"{name:15s}" + "".join(f"{row.get(d, '-'):>9.4}" for d in dims))
-at = max(d for d in dims if d <= 100)
 
 # %% Checks: part 4, traps
 TRAPS = {"unit v": (lambda score_fn, x, v, c: ssm_vr(score_fn, x, v), "sphere"),   # c forgotten
@@ -386,10 +384,10 @@ slope = (relu_loss(theta + 0.05) - relu_loss(theta - 0.05)) / 0.1
 print(f"   ReLU: autograd's gradient of ssm_vr is {seen:.3f}, the slope of the same loss {slope:.3f}: autograd does not see kinks move")
 print("   trained, error against p: " + ", ".join(f"{name} {final(name):.3f}" for name in ["ssm_vr", "ssm_vr, ReLU", "dsm", "dsm, ReLU"]))
 hs, fd_gap = np.geomspace(1e-7, 1, 29), {}   # every fourth is a power of ten
-x, net64 = points[:500].double(), copy.deepcopy(net).double()
+x, net64 = points[:500].cpu().double(), copy.deepcopy(net).cpu().double()   # mps has no float64
 v, c = slices(x, args.slices)
 limit = sliced_score_matching_loss(net64, x, v, c)
-for name, f, dtype in [("float64", net64, torch.float64), ("float32", net, torch.float32)]:
+for name, f, dtype in [("float64", net64, torch.float64), ("float32", copy.deepcopy(net64).float(), torch.float32)]:
     fd_gap[name] = np.array([((fd_ssm(f, x.to(dtype), v.to(dtype), c, h) - limit).norm() / limit.norm()).item() for h in hs])
 fd_order = math.log10(fd_gap["float64"][20] / fd_gap["float64"][16])   # between h = 0.001 and 0.01
 print(f"   fd_ssm is off ssm by a share that grows like h^{fd_order:.3f} (float64); smallest "
@@ -451,12 +449,12 @@ lines = {name: (*runs[args.data, name][1][:, [0, 2]].T, "--" if "dsm" in name el
 curves(axs[1, 1], lines, "ReLU: fine for dsm, useless where s is differentiated", "step", "relative error against p", "linear")
 save("measures.png", fig.savefig)
 
+at = max(d for d in dims if d <= 100)   # dimension of cost_ssm_vr and cost_exact
 summary = dict(data=args.data, seed=args.seed, steps=args.steps, slices=args.slices, n_slices=args.n_slices, dim=args.dim, loss=args.loss,
                **{f"err_{name}": round(final(name, "correlated"), 4) for name in LOSSES}, SW2=round(sw2, 4), floor=round(sw2_floor, 4),
                law_gap=round(law_gap, 3), fd_order=round(fd_order, 3), cost_ssm_vr=round(ratio["ssm_vr"][at], 2),
                cost_exact=round(ratio["exact"][at], 1), train_s=round(sum(history[-1, 1] for _, history in runs.values()), 1))
-record = {"settings": vars(args), "cost": cost, "figures": summary}
-save("summary.json", lambda file: file.write_text(json.dumps(record, indent=1)))
+save("summary.json", lambda file: file.write_text(json.dumps({"settings": vars(args), "cost": cost, "figures": summary}, indent=1)))
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # /// script

@@ -1281,8 +1281,9 @@ def test_analysis_of_many_points(implicit_sm):
 
 def test_critical_points(implicit_sm):
     """From the grid of starts Newton finds both modes and the saddle, each once, and nothing where nothing is."""
-    found = implicit_sm.critical["exact"]
-    close(found, torch.tensor([[-MODE, 0], [0, 0], [MODE, 0]]).double(), rtol=0, atol=1e-6)
+    found, kinds = zip(*implicit_sm.critical["exact"])
+    assert kinds == ("peak", "saddle", "peak")
+    close(torch.stack(found), torch.tensor([[-MODE, 0], [0, 0], [MODE, 0]]).double(), rtol=0, atol=1e-6)
     assert implicit_sm.find_critical_points(lambda x: 1 + x**2, implicit_sm.starts).shape == (0, 2)
 
 
