@@ -1,498 +1,808 @@
-r"""Denoising score matching in 2-D with many noise levels: from data to samples, measured against the exact answer.
+r"""Denoising score matching in 2-D: learn the score at many noise levels, walk from noise to data.
 
-Reads beside: notes 000 (whole); 003 sections 4.2.2, 4.3.1, 4.3.3, exercises 4.2-4.4; 002 part 2; theory.md 1, 4, 7, 8.
+    noisy data   q_sigma, the density of x + sigma eps, where x is a data point and eps ~ N(0, I)
+    score        s(x, sigma) = grad log q_sigma(x), an arrow towards where the noisy data are denser
+    training     minimise the mean of sigma^2/2 |s(x + sigma eps, sigma) + eps/sigma|^2
+    sampling     from sigma_max down: guess the clean point x + sigma^2 s, put less noise back
+                 (the default sampler, pc, takes a Langevin step at each level as well)
 
-    python dsm_2d.py                                    # two Gaussians, grown from pure noise
-    python dsm_2d.py --data swiss_roll --sampler pc     # exercise 4.2; --help lists every setting
+    python dsm_2d.py                             # two Gaussians; look at out_dsm_2d/generation.png
+    python dsm_2d.py --data swiss_roll           # or moons, circles
+    python dsm_2d.py --help                      # all settings; in a notebook, edit their defaults
 
-The data are mixtures of Gaussians, so the score of data plus noise is known in closed form at every noise level: each
-figure printed is a distance to that exact answer, or stands beside the floor that a perfect model would reach.
+The data are mixtures of Gaussians, so the exact score is known and everything can be measured
+against it. The default run takes 20 s on one core (Python 3.11, torch 2.13.0). Its last line:
 
-A good run takes 20 s and ends like this (2 CPU cores, Python 3.11, torch 2.13.0), with any seed nearly so:
-    data=gmm2 seed=0 steps=1200 w_mode=sigma2 schedule=geometric T=40
-    sampler=heun calls=39 score_err=0.0878 SW2=0.0642 floor=0.0564 train_s=6.1
+    data=gmm2 seed=0 ... score_err=0.14 SW2=0.06 floor=0.05 ...
+
+score_err is the relative error of the learned score: 0 is exact, 1 no better than s = 0. SW2 is the
+distance of the samples to fresh data. Its floor is the distance of fresh data to other fresh data;
+samples that are as good as data have an SW2 of 0.8 to 1.2 floors.
+
+Read beside: notes 000; 003 sections 4.2.2, 4.3.1, 4.3.3, exercises 4.2 to 4.4; 002 part 2;
+theory.md sections 1, 4, 7 and 8.
 """
-# %% Imports and settings
+# %% Settings
 import argparse
 import copy
 import json
 import math
+import os
 import sys
-import tempfile
 import time
-import warnings
-from functools import partial
-from itertools import combinations, product
-from pathlib import Path
-
-# Ctrl-C and a closed pipe take one line, not a traceback; also during the imports below, which take seconds
-sys.excepthook = lambda kind, *rest: (print("\nstopped by", kind.__name__, file=sys.stderr)
-                                      if kind in (KeyboardInterrupt, BrokenPipeError) else sys.__excepthook__(kind, *rest))
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
 from sklearn.datasets import make_circles, make_moons
-from torch.optim.swa_utils import AveragedModel
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] + " Lengths are in data units.",
+
+def number(kind, low, high):
+    """An argparse type: a number of this kind, between low and high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+    parse.__name__ = kind.__name__                  # argparse names it in its message
+    return parse
+
+
+parser = argparse.ArgumentParser(description="Denoising score matching in 2-D",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--data", default="gmm2", choices=["gmm2", "circles", "moons", "swiss_roll"], help="which 2-D law")
-parser.add_argument("--schedule", default="geometric", choices=["geometric", "linear", "quadratic", "cosine", "adaptive"],
-                    help="spacing of the levels")
-parser.add_argument("--w_mode", default="sigma2", choices=["none", "sigma", "sigma2", "inv_sigma2"], help="weight of a level")
-parser.add_argument("--sampler", default="heun", choices=["ald", "pc", "ancestral", "ddim", "heun"], help="which one makes samples.npy")
-parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: cuda where there is one, else cpu")
-parser.add_argument("--outdir", default="out_dsm_2d", help="folder for pictures, samples.npy, model.pt and summary.json")
-NUMBERS = [   # flag, default, lowest, highest (of the flag's type), meaning; sigmas and distances are in data units
-    ("n", 50000, 10, 10**7, "training points"),   # with 000's 8192 the score of gmm2 at sigma = 0.2 is 1.5 times as far off
-    ("T", 40, 2, 1000, "noise levels"),
-    ("sigma_min", None, 1e-4, 1e4, "smallest level (None: 0.01; adaptive: 1 %% quantile of the pairwise distances of 2000 points)"),
-    ("sigma_max", None, 1e-4, 1e4, "largest level (None: largest of those distances; adaptive: their 99 %% quantile)"),
-    ("hidden", 64, 1, 8192, "width of the network"),   # better than 128 after equal time, and faster to sample from
-    ("layers", 3, 1, 64, "hidden layers"),
-    ("steps", 1200, 1, 10**7, "training steps"),
-    ("batch", 1024, 1, 10**6, "data points per step, each used with +eps and -eps; not more than n"),
-    ("lr", 1.5e-2, 1e-8, 100.0, "peak of the one-cycle learning rate"),   # at 8e-3 slower, at 2e-2 erratic on the roll
-    ("K", 5, 1, 10**5, "Langevin steps per level (ald)"),
-    ("kappa", 0.4, 1e-4, 1.9999, "Langevin step in units of sigma^2, eta = 2 kappa sigma^2 (ald, pc); it diverges from 2 on"),
-    ("n_samples", 5000, 2, 10**6, "points in samples.npy and in every set behind an SW2"),
-    ("viz_sigma", None, 1e-4, 1e4, "level of the denoising picture, inside the trained range (None: 10 sigma_min)"),
-    ("eta", None, 0, 1e4, "step of the one-step denoising (None: viz_sigma^2, Tweedie)"),
-    ("seed", 0, 0, 2**32 - 1, "seed of everything random"),
-]
-for flag, default, low, high, meaning in NUMBERS:
-    parser.add_argument(f"--{flag}", type=type(high), default=default, help=f"{meaning} [{low:g} ... {high:g}]")
-args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
-for flag, default, low, high, meaning in NUMBERS:
-    value = getattr(args, flag)
-    if value is not None and not low <= value <= high:   # refuses nan as well
-        parser.error(f"argument --{flag}: {value:g} is outside [{low:g}, {high:g}]")
+parser.add_argument("--data", default="gmm2", choices=["gmm2", "circles", "moons", "swiss_roll"])
+parser.add_argument("--n", type=number(int, 10, 10**7), default=50_000, help="training points")
+parser.add_argument("--T", type=number(int, 2, 1000), default=50, help="noise levels")
+parser.add_argument("--schedule", default="geometric", help="spacing (adaptive: range) of levels",
+                    choices=["geometric", "linear", "quadratic", "cosine", "adaptive"])
+parser.add_argument("--sigma_min", type=number(float, 1e-4, 1e4),
+                    help="smallest level (None: 0.01)")
+parser.add_argument("--sigma_max", type=number(float, 1e-4, 1e4),
+                    help="largest level (None: the largest distance between two data points)")
+parser.add_argument("--hidden", type=number(int, 1, 8192), default=64, help="width of the network")
+parser.add_argument("--layers", type=number(int, 1, 64), default=3, help="hidden layers")
+parser.add_argument("--w_mode", default="sigma2", help="weight of a level in the loss",
+                    choices=["none", "sigma", "sigma2", "inv_sigma2"])
+parser.add_argument("--steps", type=number(int, 1, 10**7), default=1200, help="training steps")
+parser.add_argument("--batch", type=number(int, 1, 10**6), default=1024, help="points in a step")
+parser.add_argument("--lr", type=number(float, 1e-8, 1), default=0.015, help="peak of the rate")
+parser.add_argument("--sampler", default="pc", help="pc came nearest to the data for its calls",
+                    choices=["ancestral", "ddim", "heun", "ald", "pc"])
+parser.add_argument("--n_samples", type=number(int, 2, 10**6), default=5000,
+                    help="points to generate")
+parser.add_argument("--K", type=number(int, 1, 10**5), default=5, help="steps a level (ald)")
+parser.add_argument("--kappa", type=number(float, 1e-4, 1.9999), default=0.4,
+                    help="Langevin step in units of sigma^2 (ald, pc)")
+parser.add_argument("--viz_sigma", type=number(float, 1e-4, 1e4),
+                    help="level of the denoising picture (None: 10 sigma_min)")
+parser.add_argument("--eta", type=number(float, 0, 1e4),
+                    help="step of the denoising picture (None: viz_sigma^2)")
+parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
+parser.add_argument("--outdir", default="out_dsm_2d", help="folder for pictures and results")
+in_notebook = "kernel_launcher" in sys.argv[0]      # there the command line is the kernel's
+args = parser.parse_args([] if in_notebook else None)
 if args.batch > args.n:
-    parser.error(f"argument --batch: {args.batch} is more than the {args.n} points of --n; give a smaller --batch")
-available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-if args.device != "auto" and not available[args.device]:
-    parser.error(f"argument --device: no {args.device} on this machine")
-device = torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
+    parser.error(f"argument --batch: {args.batch} is more than the {args.n} points of --n")
+
 torch.manual_seed(args.seed)
-torch.set_num_threads(1)   # as fast as 2 for so small a network, and not 10 times slower when another program is busy
+torch.set_num_threads(1)                            # a second core is no help to so small a net
 
-# %% Data: every law is a mixture of Gaussians with equal weights, so its score is known at every noise level
-if args.data == "gmm2":   # 000's two Gaussians
-    centres = torch.tensor([[0.0, 0.0], [3.0, 3.0]], dtype=torch.float64)
-    covs = torch.tensor([[[1.0, 0.3], [0.3, 1.2]], [[0.6, -0.2], [-0.2, 0.8]]], dtype=torch.float64)
-else:   # 600 centres along a noise-free curve, at most about their noise tau apart
-    t = 1.5 * np.pi * (1 + 2 * (np.arange(600) + 0.5) / 600)   # make_swiss_roll draws this angle at random
-    curve, tau = {"circles": (make_circles(600, shuffle=False, factor=0.5)[0], 0.06),
-                  "moons": (make_moons(600, shuffle=False)[0], 0.06),
-                  "swiss_roll": (np.stack([t * np.cos(t), t * np.sin(t)], axis=1) / 7, 0.03)}[args.data]   # exercise 4.2
-    centres, covs = torch.tensor(curve), (tau**2 * torch.eye(2, dtype=torch.float64)).expand(600, 2, 2)
-variances, axes = torch.linalg.eigh(covs)   # of the M Gaussians: (M, 2) along their axes, the columns of (M, 2, 2); all in float64
 
-def seeded(offset):
-    """A generator of its own for evaluation and sampling, so that looking at the model does not change its training."""
-    return torch.Generator().manual_seed(10**6 * args.seed + offset)
+# %% Data
+# All data are mixtures of equally likely Gaussians: two large ones, or 600 small ones on a curve.
+# Noise makes each of them wider and does nothing else, so the score of noisy data is known exactly.
+if args.data == "gmm2":
+    centres = torch.tensor([[0.0, 0.0], [3.0, 3.0]])                  # (M, 2)
+    covs = torch.tensor([[[1.0, 0.3], [0.3, 1.2]], [[0.6, -0.2], [-0.2, 0.8]]])
+else:
+    if args.data == "moons":
+        curve, spread = make_moons(600, shuffle=False)[0], 0.06
+    elif args.data == "circles":
+        curve, spread = make_circles(600, shuffle=False, factor=0.5)[0], 0.06
+    else:
+        angle = 1.5 * np.pi * (1 + 2 * (np.arange(600) + 0.5) / 600)  # as in make_swiss_roll,
+        curve = np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=1) / 7   # but smaller
+        spread = 0.03
+    centres = torch.tensor(curve, dtype=torch.float32)
+    covs = spread**2 * torch.eye(2).repeat(600, 1, 1)                 # (M, 2, 2)
 
-def sample_data(n, generator):
-    """n i.i.d. points (n, 2): a random centre plus its noise. 000's sample_gmm2 and sample_two_moons in one.
 
-    make_moons itself spaces its points evenly, so that two of its sets are nearer to each other than two random ones.
-    """
-    k = torch.randint(len(centres), (n,), generator=generator)
-    z = torch.randn(n, 2, generator=generator, dtype=torch.float64)
-    return (centres[k] + torch.einsum("bij,bj->bi", axes[k], variances[k].sqrt() * z)).float()
+def sample_data(n):
+    """n independent points (n, 2): choose a Gaussian, draw from it."""
+    k = torch.randint(len(centres), (n,))                             # which Gaussian
+    roots = torch.linalg.cholesky(covs)[k]                            # (n, 2, 2)
+    noise = torch.einsum("nij,nj->ni", roots, torch.randn(n, 2))      # of covariance covs[k]
+    return centres[k] + noise
 
-def exact_density(x, sigma):
-    """log q_sigma(x) (B,), its gradient (B, 2) and Laplacian (B,), data convolved with N(0, sigma^2 I); sigma a float or (B,)."""
-    pieces, sigma = [], torch.as_tensor(sigma).cpu().double().expand(len(x))
-    for x_i, sigma_i in zip(x.detach().cpu().double().split(500), sigma.split(500)):   # 500 points fit in the cache
-        y = torch.einsum("kji,bkj->bki", axes, centres - x_i[:, None])   # (B, M, 2) towards the centres, along their axes
-        var = variances + sigma_i[:, None, None] ** 2                    # (B, M, 2) noise adds to every variance
-        log_qk = -0.5 * (y**2 / var + (2 * math.pi * var).log()).sum(-1) - math.log(len(centres))   # (B, M)
-        w, s_k = log_qk.softmax(dim=1), y / var   # (B, M), (B, M, 2); in log space: far out, 003's "density + 1e-8" loses the score
-        s = torch.einsum("bk,kij,bkj->bi", w, axes, s_k)                 # (B, 2)
-        laplacian = (w[:, :, None] * (s_k**2 - 1 / var)).sum((1, 2)) - s.square().sum(1)   # = (Laplacian q)/q - |s|^2
-        pieces.append((log_qk.logsumexp(dim=1), s, laplacian))
-    return [torch.cat(piece).to(x.dtype).to(x.device) for piece in zip(*pieces)]
 
-exact_score = lambda x, sigma: exact_density(x, sigma)[1]   # (B, 2)
-x_data = sample_data(args.n, seeded(0))   # (n, 2)
+def exact_score(x, sigma):
+    """grad log q_sigma(x): the mean of all Gaussians' scores, each by its share in x.  -> (B, 2)"""
+    cov = covs + sigma**2 * torch.eye(2)                              # (M, 2, 2)
+    to_centre = centres - x[:, None]                                  # (B, M, 2)
+    pull = torch.einsum("mij,bmj->bmi", cov.inverse(), to_centre)     # the score of each Gaussian
+    log_density = -0.5 * (to_centre * pull).sum(-1) - 0.5 * cov.logdet()   # up to a constant
+    share = log_density.softmax(dim=1)                                # the chance that x is from it
+    return (share[:, :, None] * pull).sum(dim=1)
 
-# %% Noise levels, always descending: 003's schedules ascend, its samplers need them descending
-def level_range(x, adaptive=False):
-    """sigma_min, sigma_max: 0.01 and the largest distance between points, or two quantiles. 000's 0.8 is too small: theory.md 8.1."""
-    distances = torch.pdist(x[:2000])
-    distances = distances[distances > 0]   # of duplicated points 003's adaptive schedule takes the logarithm of 0
-    return torch.quantile(distances, torch.tensor([0.01, 0.99])).tolist() if adaptive else (0.01, distances.max().item())
 
-def geometric_sigma_schedule(T=40, sigma_min=0.01, sigma_max=10.0):
-    """T levels (T,) with a constant ratio, from sigma_max down to sigma_min."""
-    return torch.tensor(np.geomspace(sigma_max, sigma_min, T), dtype=torch.float32)
+def exact_log_density(x, sigma):
+    """log q_sigma(x), (B, 2) -> (B,); only the pictures need it."""
+    noisy = MultivariateNormal(centres, covs + sigma**2 * torch.eye(2))
+    return MixtureSameFamily(Categorical(torch.ones(len(centres))), noisy).log_prob(x)
+
+
+x_data = sample_data(args.n)
+
+
+# %% Noise levels
+# At the largest level the data drown in noise, so that generation can start from plain noise. The
+# smallest is finer than anything in the data. The levels between them make the steps short.
+def geometric_sigma_schedule(T, sigma_min, sigma_max):
+    """T levels (T,) from sigma_max down to sigma_min, each the same factor below the last."""
+    return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), T)
+
 
 def sigma_schedule(name, T, sigma_min, sigma_max):
-    """The schedules of 003 section 4.3.1, (T,) descending; adaptive is geometric between limits taken from the data."""
-    if name in ("geometric", "adaptive"):
+    """The schedules of 003 section 4.3.1, (T,), descending as the samplers need them."""
+    if name in ["geometric", "adaptive"]:                # adaptive: the same between other limits
         return geometric_sigma_schedule(T, sigma_min, sigma_max)
-    u = torch.linspace(1, 0, T)
-    return sigma_min + (sigma_max - sigma_min) * {"linear": u, "quadratic": u**2, "cosine": (1 - torch.cos(math.pi * u)) / 2}[name]
+    height = torch.linspace(1, 0, T)                     # linear
+    if name == "quadratic":
+        height = height**2
+    if name == "cosine":
+        height = (1 - torch.cos(math.pi * height)) / 2
+    return sigma_min + (sigma_max - sigma_min) * height
 
-sigma_min, sigma_max = level_range(x_data, args.schedule == "adaptive")
-sigma_min, sigma_max = args.sigma_min or sigma_min, args.sigma_max or sigma_max   # what is given is above 0
+
+distances = torch.pdist(x_data[:2000])                   # between all pairs of 2000 points
+if args.schedule == "adaptive":
+    quantiles = torch.tensor([0.01, 0.99])
+    sigma_min, sigma_max = torch.quantile(distances[distances > 0], quantiles).tolist()
+else:
+    sigma_min, sigma_max = 0.01, distances.max().item()
+sigma_min = args.sigma_min or sigma_min
+sigma_max = args.sigma_max or sigma_max
 viz_sigma = args.viz_sigma or min(10 * sigma_min, sigma_max)
-eta = viz_sigma**2 if args.eta is None else args.eta
-if not 1.01 * sigma_min <= sigma_max:
-    parser.error(f"argument --sigma_min: {sigma_min:g} is not below sigma_max = {sigma_max:g} by at least 1 %")
+
+if sigma_min >= 0.99 * sigma_max:
+    parser.error(f"argument --sigma_min: {sigma_min:g} is not below sigma_max = {sigma_max:g}")
 if not sigma_min <= viz_sigma <= sigma_max:
-    parser.error(f"argument --viz_sigma: {viz_sigma:g} is outside the trained range [{sigma_min:g}, {sigma_max:g}]")
-try:
-    Path(args.outdir).mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.outdir).close()   # better to learn it now than after the training
+    parser.error(f"argument --viz_sigma: {viz_sigma:g} is not between the smallest level, "
+                 f"{sigma_min:g}, and the largest, {sigma_max:g}")
+try:                                                     # all settings are right: make the folder
+    os.makedirs(args.outdir, exist_ok=True)
 except OSError as error:
-    parser.error(f"argument --outdir: cannot write to {args.outdir!r} ({error.strerror})")
-sigmas = sigma_schedule(args.schedule, args.T, sigma_min, sigma_max).to(device)   # (T,)
-levels = sigmas.tolist()
-gamma = max(a / b for a, b in zip(levels, levels[1:]))
-print(f"{args.data}: {args.n} points, {args.T} levels {levels[0]:.4g} ... {levels[-1]:.4g}, largest ratio {gamma:.3g}, on {device}")
-if (carried := abs(1 - args.kappa) ** args.K * gamma) >= 1:
-    warnings.warn(f"ald: |1 - kappa|^K gamma = {carried:.2f} >= 1: K Langevin steps shrink surplus noise less than sigma shrinks "
-                  "from level to level, so relative to sigma it grows; raise --K or --T, or bring --kappa nearer to 1")
+    parser.error(f"argument --outdir: cannot make {args.outdir} ({error.strerror})")
+if not os.access(args.outdir, os.W_OK):
+    parser.error(f"argument --outdir: cannot write to {args.outdir}")
+
+sigmas = sigma_schedule(args.schedule, args.T, sigma_min, sigma_max)
+largest_ratio = (sigmas[:-1] / sigmas[1:]).max().item()
+print(f"{args.data}: {args.n} points, {args.T} levels from {sigma_max:.3g} to {sigma_min:.3g}, "
+      f"neighbours differ by a factor of {largest_ratio:.3g} at most")
+
 
 # %% Model
+# One network for all levels. It is told the level as waves of log sigma. The scores of the levels
+# are of very different size, so the network does not answer with a score, but with what a first
+# guess of the score misses, in a unit that fits the level.
 class FourierTimeEmbedding(nn.Module):
-    """sin and cos of multiples of log sigma, (B,) -> (B, 2 dim); of sigma itself they would repeat (003's sin(2^k pi sigma))."""
-    def __init__(self, dim=8, max_freq=1.0):   # 000 goes to 10; but only levels that look alike help one another
+    """sin and cos of dim multiples of log sigma, (B,) -> (B, 2 dim)."""
+
+    def __init__(self, dim=8, max_freq=1.0):
         super().__init__()
+        # The waves are so slow that neighbouring levels look alike, and can learn from each other.
+        # (A buffer is saved with the weights, but not trained.)
         self.register_buffer("frequencies", torch.linspace(max_freq / dim, max_freq, dim))
 
     def forward(self, log_sigma):
         angles = log_sigma[:, None] * self.frequencies   # (B, dim)
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
 
 class ScoreMLP(nn.Module):
-    """model(x, log_sigma) -> score: (B, 2), (B,) -> (B, 2), preconditioned as in Karras et al. 2022, table 1 (theory.md 7.1)."""
-    def __init__(self, hidden=64, time_dim=8, num_layers=3, mean=0.0, sigma_data=1.0, waves=8):
+    """model(x, log_sigma) -> score; (B, 2), (B,) -> (B, 2)."""
+
+    def __init__(self, hidden=64, time_dim=8, num_layers=3,
+                 mean=torch.zeros(2), sigma_data=torch.tensor(1.0), waves=8):
         super().__init__()
+        self.register_buffer("mean", mean)               # of the data
+        self.register_buffer("sigma_data", sigma_data)   # their standard deviation
+        self.register_buffer("directions", torch.randn(2, waves))
         self.embedding = FourierTimeEmbedding(time_dim)
-        self.register_buffer("mean", torch.as_tensor(mean))
-        self.register_buffer("sigma_data", torch.as_tensor(sigma_data))
-        self.register_buffer("waves", torch.randn(2, waves))   # random Fourier features of x: thin curves are learned faster
-        sizes = [2 + 2 * waves + 2 * time_dim] + [hidden] * num_layers
-        blocks = [nn.Sequential(nn.Linear(a, b), nn.SiLU()) for a, b in zip(sizes, sizes[1:])]
-        self.net = nn.Sequential(*blocks, nn.Linear(hidden, 2))
-        nn.init.zeros_(self.net[-1].weight)   # F = 0 is the score of one Gaussian with the data's variance: a good start
-        nn.init.zeros_(self.net[-1].bias)
+        width = 2 + 2 * waves + 2 * time_dim             # of x, its waves and the embedding
+        layers = []
+        for _ in range(num_layers):
+            layers.append(nn.Linear(width, hidden))
+            layers.append(nn.SiLU())
+            width = hidden
+        last = nn.Linear(hidden, 2)
+        nn.init.zeros_(last.weight)                      # an untrained network answers 0,
+        nn.init.zeros_(last.bias)                        # so training begins at the first guess
+        self.net = nn.Sequential(*layers, last)
 
     def forward(self, x, log_sigma):
-        sigma, x = log_sigma.exp()[:, None], x - self.mean   # (B, 1), (B, 2)
-        total = (sigma**2 + self.sigma_data**2).sqrt()       # (B, 1) standard deviation of the noisy data
-        angles = (x / total) @ self.waves                    # (B, waves)
-        # F sees x / total, of unit variance at every sigma, and its answer must have unit variance too.
-        F = self.net(torch.cat([x / total, angles.sin(), angles.cos(), self.embedding(log_sigma)], dim=-1))
-        return -x / total**2 + self.sigma_data * F / (sigma * total)
+        sigma = log_sigma.exp()[:, None]                       # (B, 1)
+        total = (sigma**2 + self.sigma_data**2).sqrt()         # spread of the noisy data
+        scaled = (x - self.mean) / total                       # (B, 2), of size 1 at every level
+        waves = scaled @ self.directions                       # (B, 8), they help with thin curves
+        features = [scaled, waves.sin(), waves.cos(), self.embedding(log_sigma)]
+        answer = self.net(torch.cat(features, dim=1))          # (B, 2)
+        # The first guess is the score of one Gaussian as wide as the noisy data. The target of the
+        # loss below is -eps/sigma, and with x = x_clean + sigma eps (mean 0) the guess misses of it
+        #     -eps/sigma + x/total^2 = x_clean/total^2 - eps sigma_data^2/(sigma total^2).
+        # The two terms are independent; their variances add up to sigma_data^2/(sigma total)^2. In
+        # this unit the targets have size 1 at every level. (From sigma = 10 to 0.01, -eps/sigma
+        # itself has the sizes 0.1 to 100.)
+        first_guess = -scaled / total
+        unit = self.sigma_data / (sigma * total)
+        return first_guess + unit * answer
 
-mean, sigma_data = x_data.mean(0), x_data.var(0).mean().sqrt()
-model = ScoreMLP(args.hidden, num_layers=args.layers, mean=mean, sigma_data=sigma_data).to(device)
-
-@torch.no_grad()
-def score(x, sigma, net=model):
-    """Learned grad log q_sigma(x), (B, 2); x (B, 2) in data units, sigma a float or (B,)."""
-    return net(x, torch.as_tensor(sigma, dtype=x.dtype, device=x.device).log().expand(len(x)))
 
 # %% Loss
-# lambda(sigma) = sigma^power. Only sigma2 makes the levels count alike, since E||eps/sigma||^2 = d/sigma^2; 000 uses none.
-WEIGHT_POWER = {"none": 0, "sigma": 1, "sigma2": 2, "inv_sigma2": -2}
+# Add noise to a data point. The target is the arrow from the noisy point back to the clean one, in
+# units of sigma^2: (x - x_noisy) / sigma^2 = -eps / sigma. Many clean points can lie behind one
+# noisy point, each with its own arrow. The best answer to all of them is their mean, and this mean
+# is the score of the noisy data (theory.md 4.1).
+def level_weight(sigma, w_mode):
+    """lambda(sigma). The target has size 1/sigma: with sigma^2 the levels matter about equally."""
+    power = {"none": 0, "sigma": 1, "sigma2": 2, "inv_sigma2": -2}[w_mode]
+    return sigma**power
+
 
 def dsm_loss_multi_sigma(model, x, sigmas, w_mode="sigma2"):
-    """E over levels, data and noise of lambda/2 ||s(x + sigma eps, sigma) + eps/sigma||^2; x (B, 2) -> scalar; theory.md 4."""
-    t = torch.randint(len(sigmas), (len(x),), device=x.device)
+    """Mean of lambda/2 |s(x + sigma eps, sigma) + eps/sigma|^2 at random levels.  x (B, 2) -> ()"""
+    sigma = sigmas[torch.randint(len(sigmas), (len(x),))]      # (B,)
     eps = torch.randn_like(x)
-    # Each x is used with +eps and with -eps: at small sigma most of the gradient's noise is odd in eps and cancels.
-    sigma, eps = sigmas[t].repeat(2), torch.cat([eps, -eps])               # (2B,), (2B, 2)
-    x_noisy = x.repeat(2, 1) + sigma[:, None] * eps                        # (2B, 2)
-    # The target's mean over all x behind one noisy point is the score of q_sigma; its spread around that mean is the loss's floor.
-    target = -eps / sigma[:, None]                                         # (2B, 2)
-    loss = 0.5 * (model(x_noisy, sigma.log()) - target).square().sum(-1)   # (2B,)
-    return (sigma ** WEIGHT_POWER[w_mode] * loss).mean()
+    # Plain DSM does without the next three lines: each point is used twice, with eps and with -eps.
+    # Both are equally likely, so the same score is learned. But at small sigma the targets are
+    # almost all chance, and in the gradient most of this chance cancels within a pair.
+    x = torch.cat([x, x])                                      # (2B, 2)
+    sigma = torch.cat([sigma, sigma])
+    eps = torch.cat([eps, -eps])
+    x_noisy = x + sigma[:, None] * eps
+    target = -eps / sigma[:, None]
+    squared_error = (model(x_noisy, sigma.log()) - target).square().sum(dim=1)
+    return (0.5 * level_weight(sigma, w_mode) * squared_error).mean()
+
 
 # %% Training
-def save(name, write):
-    """Write outdir/name under a temporary name first: what stands there is always whole."""
-    temporary = Path(args.outdir, "unfinished_" + name)
-    try:
-        write(temporary)
-        temporary.replace(Path(args.outdir, name))
-    except (OSError, RuntimeError) as error:   # a full disk; torch.save has its own kind of it
-        sys.exit(f"cannot write {name} to {args.outdir!r}; is the disk full? ({str(error).splitlines()[0]})")
-    finally:
-        temporary.unlink(missing_ok=True)
+# The loss hardly falls, since most of it is the spread of the arrows around their mean, which no
+# network can learn. That part is its floor, the loss of the exact score itself (000's losses stay
+# near 480, and 478.6 is their floor). What is learned shows in the relative error of the score,
+# sqrt(E|s - s*|^2 / E|s*|^2) with the learned score s and the exact score s*.
+def loss_floor(sigmas, w_mode):
+    """Loss of the exact score, a number; from 500 points a level it is uncertain by 0.5 %.
 
-# Noisy points with their exact scores, at the levels (check_levels[::2]) and at their geometric means (check_levels[1::2]).
-check_levels = torch.stack([sigmas, (sigmas * sigmas.roll(-1)).sqrt()], dim=1).flatten()[:-1]   # (2T - 1,)
-check_sigma = check_levels.repeat_interleave(min(1000, 16000 // len(check_levels) + 1))
-check_x = sample_data(len(check_sigma), seeded(1)).to(device)
-check_x += check_sigma[:, None] * torch.randn(check_x.shape, generator=seeded(2)).to(device)
-_, check_score, check_laplacian = exact_density(check_x, check_sigma)
-level_mean = lambda v: v.view(len(check_levels), -1).mean(1)   # (points,) -> mean at each check level, (2T - 1,)
-squared_error = lambda net: level_mean((score(check_x, check_sigma, net) - check_score).square().sum(-1))   # E||s - s*||^2 there
+    The score is the mean of the targets at a point, so on average over the targets
+    |target - score|^2 = |target|^2 - |score|^2.
+    """
+    floors = []
+    for sigma in sigmas.tolist():
+        x_noisy = sample_data(500) + sigma * torch.randn(500, 2)
+        score_square = exact_score(x_noisy, sigma).square().sum(dim=1).mean()
+        target_square = 2 / sigma**2                     # in 2-D |eps|^2 has the mean 2
+        floors.append(0.5 * level_weight(sigma, w_mode) * (target_square - score_square))
+    return torch.stack(floors).mean().item()
 
-weight = sigmas ** WEIGHT_POWER[args.w_mode]   # (T,)
-# Floor lambda/2 E tr Cov(x | x_noisy) / sigma^4; with Cov = sigma^2 I + sigma^4 Hessian of log q it needs only the Laplacian (d = 2).
-floor = (weight / 2 * (2 / sigmas**2 + level_mean(check_laplacian)[::2])).mean().item()
-limit = 100 * max(floor, (weight / 2 * squared_error(model)[::2]).mean().item())   # an excess above this is a divergence
-optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # +10: 10 divides by 0
-# The decay grows as (1 + n)/(10 + n) to 0.995: at a constant 0.999, 82 % of the average is still the start after 200 steps.
-ema = AveragedModel(model, avg_fn=lambda old, new, n: torch.lerp(old, new, 1 - min(0.995, (1 + n.item()) / (10 + n.item()))))
-x_data = x_data.to(device)
-history, losses, started = [], [], time.time()
-with tqdm(range(1, args.steps + 1), desc="training", mininterval=0.5) as bar:
-    for step in bar:
-        x = x_data[torch.randint(args.n, (args.batch,), device=device)]
-        loss = dsm_loss_multi_sigma(model, x, sigmas, args.w_mode)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        ema.update_parameters(model)
-        losses.append(loss.item())
-        if step % max(1, args.steps // 10) == 0 or step == args.steps or not math.isfinite(losses[-1]):
-            excess = (weight / 2 * squared_error(ema.module)[::2]).mean().item()   # loss - floor would drown in the loss's noise
-            history.append((step, np.mean(losses), excess))
-            figures = f"loss = {np.mean(losses):.5g}   floor = {floor:.5g}   excess = {excess:.3g}"
-            bar.write(f"[{step:5d}/{args.steps}] {figures}")
-            bar.set_postfix_str(figures)
-            losses = []
-            if not excess < limit:
-                sys.exit(f"diverged at step {step}: loss {loss.item():.3g}, excess {excess:.3g}; try a --lr below {args.lr:g}")
-train_s = time.time() - started
-model.load_state_dict(ema.module.state_dict())   # from here on the averaged weights are the model
-save("model.pt", lambda file: torch.save(model.state_dict(), file))
 
-# %% Sampling: each sampler takes (score, x at the first level, levels, generator) and returns the states at levels + [0]
-def noise_like(x, generator):
-    """z ~ N(0, I), drawn on the CPU so that every device gets the same."""
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+# Noisy points and their exact scores, to compare the learned score with while it is learned.
+check_sigmas = []
+for sigma in [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]:
+    if sigma_min <= sigma <= sigma_max:
+        check_sigmas.append(sigma)
+if not check_sigmas:                                     # a narrow range of levels: its middle
+    check_sigmas.append(math.sqrt(sigma_min * sigma_max))
+check_points = [sample_data(4000) + sigma * torch.randn(4000, 2) for sigma in check_sigmas]
+check_scores = [exact_score(x, sigma) for x, sigma in zip(check_points, check_sigmas)]
 
-def langevin_step(score, x, sigma, kappa, generator):
-    """x + (eta/2) s + sqrt(eta) z, eta = 2 kappa sigma^2: for small kappa it keeps q_sigma; 002 takes it for a step to the next level."""
-    if not 0 < kappa < 2:
-        raise ValueError(f"kappa = {kappa} is outside (0, 2): Langevin dynamics diverges there")
-    eta = 2 * kappa * sigma**2
-    return x + eta / 2 * score(x, sigma) + math.sqrt(eta) * noise_like(x, generator)
 
 @torch.no_grad()
-def annealed_langevin_dynamics(score, x, sigmas, generator, K=5, kappa=0.4):
-    """003 section 4.3.3: K Langevin steps a level, then one denoising step. Its step rules and 001's suit one scale only: theory.md 8.4."""
+def score_errors(model):
+    """The relative error of a network at each of check_sigmas: a list."""
+    errors = []
+    for sigma, x, exact in zip(check_sigmas, check_points, check_scores):
+        learned = model(x, torch.full((len(x),), math.log(sigma)))
+        errors.append(((learned - exact).norm() / exact.norm()).item())
+    return errors
+
+
+model = ScoreMLP(args.hidden, num_layers=args.layers,
+                 mean=x_data.mean(dim=0), sigma_data=x_data.std())
+optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+# The learning rate rises for 15 % of the steps, then falls to 0: so it can be high without harm.
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
+# Weights averaged over about 100 steps make a smoother score, above all while the rate is high.
+ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+
+errors_before = score_errors(model)
+floor_of_loss = loss_floor(sigmas, args.w_mode)
+with torch.no_grad():
+    loss_before = dsm_loss_multi_sigma(model, x_data, sigmas, args.w_mode).item()
+print(f"before any step: loss {loss_before:.4g} (its floor {floor_of_loss:.4g})   "
+      f"mean relative score error {np.mean(errors_before):.3f}")
+losses = []
+history = {"step": [0], "loss": [loss_before], "error": [np.mean(errors_before)]}
+interval = max(1, args.steps // 10)                      # steps between two printed lines
+started = time.time()
+
+bar = tqdm(range(1, args.steps + 1), desc="training")
+for step in bar:
+    x = x_data[torch.randint(len(x_data), (args.batch,))]
+    loss = dsm_loss_multi_sigma(model, x, sigmas, args.w_mode)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    if step > args.steps // 2:                           # nothing of the start in a short run
+        ema.update_parameters(model)
+    losses.append(loss.item())
+    if not math.isfinite(losses[-1]):
+        sys.exit(f"the loss is {losses[-1]} at step {step}: try a --lr below {args.lr:g}")
+    if step % interval == 0:
+        recent_loss = np.mean(losses[-interval:])
+        error = np.mean(score_errors(model))
+        bar.write(f"step {step:5d}   loss {recent_loss:.4g} (its floor {floor_of_loss:.4g})   "
+                  f"mean relative score error {error:.3f}")
+        history["step"].append(step)
+        history["loss"].append(recent_loss)
+        history["error"].append(error)
+
+train_s = time.time() - started
+model = ema.module                                       # from here on the averaged weights
+torch.save(model.state_dict(), os.path.join(args.outdir, "model.pt"))
+
+
+# %% Sampling
+# Every sampler takes a score, points x at the first level, and the levels (a list, descending). It
+# returns all states on the way: one for each level and, last, the points at sigma = 0.
+@torch.no_grad()
+def score(x, sigma):
+    """The learned score of q_sigma; x (B, 2), sigma a number -> (B, 2)."""
+    return model(x, torch.full((len(x),), math.log(sigma)))
+
+
+def denoise(score, x, sigma):
+    """The mean of all clean points that could lie behind x (Tweedie's formula).
+
+    The score is the mean of the arrows (x_clean - x) / sigma^2 (cell Loss); solve for x_clean.
+    """
+    return x + sigma**2 * score(x, sigma)
+
+
+def ancestral_step(score, x, sigma, sigma_next, ddim=False):
+    """One step down: guess the clean point, put less noise back."""
+    x_clean = denoise(score, x, sigma)
+    eps = (x - x_clean) / sigma                          # a guess of the noise in x
+    if ddim:
+        keep = 1.0                                       # DDIM puts this very noise back
+    else:
+        # DDPM renews a part. Seen from below, x is a point at sigma_next plus fresh noise; then
+        # sigma_next / sigma is the correlation of the noise below with all the noise in x.
+        keep = sigma_next / sigma
+    eps = keep * eps + math.sqrt(1 - keep**2) * torch.randn_like(x)
+    return x_clean + sigma_next * eps
+
+
+def ancestral_sampling(score, x, sigmas, ddim=False):
+    """DDPM's sampler, or DDIM's: one step from each level to the next."""
+    path = [x]
+    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+        x = ancestral_step(score, x, sigma, sigma_next, ddim)
+        path.append(x)
+    path.append(denoise(score, x, sigmas[-1]))           # to sigma = 0: put no noise back
+    return path
+
+
+def heun_sampling(score, x, sigmas):
+    """Follow dx/dsigma = -sigma s, along which noise turns into data without any chance.
+
+    DDIM's step is Euler's for this equation. Heun's rule goes there, looks at the slope again, and
+    takes the mean of both slopes: two calls of the network, but far fewer steps (theory.md 7.2).
+    """
+    path = [x]
+    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+        slope = -sigma * score(x, sigma)
+        x_euler = x + (sigma_next - sigma) * slope
+        slope_there = -sigma_next * score(x_euler, sigma_next)
+        x = x + (sigma_next - sigma) * (slope + slope_there) / 2
+        path.append(x)
+    path.append(denoise(score, x, sigmas[-1]))
+    return path
+
+
+def langevin_step(score, x, sigma, kappa):
+    """x + eta/2 s + sqrt(eta) z with eta = 2 kappa sigma^2, the same kappa at every level.
+
+    A walk within one level: it draws x towards the density q_sigma, and holds it there but for a
+    surplus of noise that is small if kappa is (theory.md 8.4).
+    """
+    noise = math.sqrt(2 * kappa) * sigma * torch.randn_like(x)
+    return x + kappa * sigma**2 * score(x, sigma) + noise
+
+
+def annealed_langevin_dynamics(score, x, sigmas, K, kappa):
+    """003 section 4.3.3: walk K steps at each level, then denoise."""
     path = []
     for sigma in sigmas:
         for _ in range(K):
-            x = langevin_step(score, x, sigma, kappa, generator)
+            x = langevin_step(score, x, sigma, kappa)
         path.append(x)
-    return path + [x + sigmas[-1] ** 2 * score(x, sigmas[-1])]
-
-@torch.no_grad()
-def consistent_annealed_sampling(score, x, sigmas, generator, rho=lambda ratio: ratio, corrector_steps=0, corrector_kappa=0.4):
-    """theory.md 7.3: keep a part rho(sigma_next / sigma) of the noise that is there, draw the rest anew (0: all of it, 1: none)."""
-    path = [x]
-    for sigma, sigma_next in zip(sigmas, sigmas[1:] + [0.0]):   # the last step, to sigma = 0, only denoises
-        r = rho(sigma_next / sigma)
-        kappa = 1 - r * sigma_next / sigma   # below, 003's predictor adds noise of full size sigma_next: its variance grows with T
-        x = x + kappa * sigma**2 * score(x, sigma) + sigma_next * math.sqrt(1 - r**2) * noise_like(x, generator)
-        for _ in range(corrector_steps if sigma_next else 0):
-            x = langevin_step(score, x, sigma_next, corrector_kappa, generator)
-        path.append(x)
+    path.append(denoise(score, x, sigmas[-1]))
     return path
 
-@torch.no_grad()
-def heun(score, x, sigmas, generator=None):
-    """Heun's second-order steps of the probability-flow ODE dx/dsigma = -sigma s."""
+
+def predictor_corrector(score, x, sigmas, kappa):
+    """At each level a step down by DDPM's rule, then a Langevin step there.
+
+    The first loses a little of the spread, the second adds a little: kappa = 0.4 came out best.
+    """
     path = [x]
-    for sigma, sigma_next in zip(sigmas, sigmas[1:] + [0.0]):
-        slope = -sigma * score(x, sigma)
-        if sigma_next:   # the last step stays Euler, which denoises: at sigma = 0 the score was never trained
-            slope = 0.5 * (slope - sigma_next * score(x + (sigma_next - sigma) * slope, sigma_next))
-        x = x + (sigma_next - sigma) * slope
+    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+        x = ancestral_step(score, x, sigma, sigma_next)
+        x = langevin_step(score, x, sigma_next, kappa)
         path.append(x)
+    path.append(denoise(score, x, sigmas[-1]))
     return path
 
-SAMPLERS = {   # name: (sampler, its levels)
-    "ald": (partial(annealed_langevin_dynamics, K=args.K, kappa=args.kappa), levels),
-    "pc": (partial(consistent_annealed_sampling, corrector_steps=1, corrector_kappa=args.kappa), levels),   # predictor-corrector
-    "ancestral": (consistent_annealed_sampling, levels),   # rho = sigma_next / sigma: DDPM
-    "ddim": (partial(consistent_annealed_sampling, rho=lambda ratio: 1.0), levels),   # an Euler step of the probability-flow ODE
-    "heun": (heun, [levels[i] for i in np.linspace(0, args.T - 1, max(2, args.T // 2)).round().astype(int)]),   # every 2nd: 2 calls a step
-}
 
-def sample_with_initialization(name, score, x_init, start, generator):
-    """Noise x_init (B, ...) to level `start` of a sampler and go down from there (003 forgets the noise): list of states."""
-    sampler, its_levels = SAMPLERS[name]
-    return sampler(score, x_init + its_levels[start] * noise_like(x_init, generator), its_levels[start:], generator)
+def sampling_levels(name):
+    """All T levels; half as many for heun, which calls the network twice a step.  -> a list"""
+    T = max(2, args.T // 2) if name == "heun" else args.T
+    return sigma_schedule(args.schedule, T, sigma_min, sigma_max).tolist()
 
-def one_gaussian(n, generator):
-    """n points (n, 2) of N(mean, covariance of the data): noised to sigma_max, nearly q there."""
-    return mean + torch.randn(n, 2, generator=generator) @ torch.linalg.cholesky(torch.cov(x_data.T.cpu())).T
 
-# %% Exercise 4.4: the same network as a DDPM, x_t = alpha x0 + sigma eps
-def convert(value, x, alpha, sigma, source, target):
-    """From "score", "eps", "x0" or "v" = alpha eps - sigma x0 to another of them, at x_t = x, for any alpha, sigma > 0."""
-    eps = {"score": -sigma * value, "eps": value, "x0": (x - alpha * value) / sigma,
-           "v": (sigma * x + alpha * value) / (alpha**2 + sigma**2)}[source]
-    x0 = (x - sigma * eps) / alpha
-    return {"score": -eps / sigma, "eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[target]
+def run_sampler(name, score, x, levels):
+    """The states of the sampler of that name."""
+    if name == "ancestral":
+        return ancestral_sampling(score, x, levels)
+    if name == "ddim":
+        return ancestral_sampling(score, x, levels, ddim=True)
+    if name == "heun":
+        return heun_sampling(score, x, levels)
+    if name == "ald":
+        return annealed_langevin_dynamics(score, x, levels, args.K, args.kappa)
+    return predictor_corrector(score, x, levels, args.kappa)
 
-def vp_schedule(sigma_min, sigma_max, steps=1000):
-    """alpha_t, sigma_t (lists, t descending) of DDPM's linear beta, where sigma_t/alpha_t lies in [sigma_min, sigma_max]."""
-    alpha_bar = (1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)).cumprod(0).flip(0)
-    ratio = (1 / alpha_bar - 1).sqrt()
-    alpha_bar = alpha_bar[(sigma_min <= ratio) & (ratio <= sigma_max)]
-    return alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
 
-@torch.no_grad()
-def vp_sampler(score, x, alphas, sigmas, generator, ddim=False):
-    """DDPM, or DDIM, in DDPM's own terms; grad log q_t(x) = s(x / alpha, sigma / alpha) / alpha from the network s."""
-    path = [x]
-    for a, s, a_next, s_next in zip(alphas, sigmas, alphas[1:] + [1.0], sigmas[1:] + [0.0]):
-        eps = convert(score(x / a, s / a) / a, x, a, s, "score", "eps")
-        beta, z = 1 - (a / a_next) ** 2, noise_like(x, generator)
-        if ddim:
-            x = a_next * convert(eps, x, a, s, "eps", "x0") + s_next * eps
-        else:
-            x = (x - beta / s * eps) / math.sqrt(1 - beta) + math.sqrt(beta) * s_next / s * z
-        path.append(x)
-    return path
+def start_points(n):
+    """n points (n, 2) of one Gaussian, which the noisy data at sigma_max nearly are."""
+    cov = torch.cov(x_data.T) + sigma_max**2 * torch.eye(2)
+    return MultivariateNormal(x_data.mean(dim=0), cov).sample((n,))
 
-# %% Checks
-relative_error = (squared_error(model) / level_mean(check_score.square().sum(-1))).sqrt().cpu().numpy()   # (2T - 1,)
-log_sigma = check_levels.log().cpu().numpy()
-score_err = np.trapezoid(relative_error, log_sigma) / (log_sigma[-1] - log_sigma[0])   # mean over log sigma: comparable between schedules
-print("\nsigma: relative score error sqrt(E||s - s*||^2 / E||s*||^2) under q_sigma, 1 for s = 0. Every other sigma lies between")
-print(f"two levels. Each error is from {len(check_x) // len(check_levels)} points: where one of them lies far out, the error jumps.")
-entries = [f"{s:7.3g}: {e:.3f}" for s, e in zip(check_levels.tolist(), relative_error)]
-print("\n".join("  ".join(entries[i:i + 8]) for i in range(0, len(entries), 8)))
 
-directions = torch.stack([f(torch.arange(32) * math.pi / 32) for f in (torch.cos, torch.sin)])   # (2, 32)
+# K Langevin steps shrink the noise that is too much for a level by |1 - kappa|^K. If the levels
+# shrink faster than that, such noise grows from level to level (theory.md 8.4).
+if abs(1 - args.kappa) ** args.K * largest_ratio >= 1:
+    print("warning: annealed Langevin (ald) cannot keep up with these levels; raise --K or --T, "
+          "or bring --kappa nearer to 1")
 
-def projections(x):
-    """(n, 2) -> (32, n): sorted projections. The RMS difference of two of these is the sliced 2-Wasserstein distance SW2."""
-    return (x.cpu() @ directions).T.sort().values
+levels = sampling_levels(args.sampler)
+n_sets = 8                                               # the distance of one set is all too random
+sample_sets = []
+for _ in tqdm(range(n_sets), desc="sampling"):
+    path = run_sampler(args.sampler, score, start_points(args.n_samples), levels)
+    sample_sets.append(path[-1])
+    for sigma, x in zip(levels + [0.0], path):
+        if not torch.isfinite(x).all():
+            sys.exit(f"--sampler {args.sampler}: points are not finite at sigma = {sigma:.3g}; "
+                     "train longer, or with --w_mode sigma2")
+samples = path[-1]                                       # (n_samples, 2)
+np.save(os.path.join(args.outdir, "samples.npy"), samples.numpy())
 
-mean_sw2 = lambda pairs: float(np.mean([(a - b).square().mean().sqrt() for a, b in pairs]))
 
-fresh = [projections(sample_data(args.n_samples, seeded(300 + i))) for i in range(8)]
+# %% Check
+# Two questions. How far is the learned score from the exact one, level by level? And how far are
+# the samples from the data? Even two fresh sets of data are some way apart: that is the floor.
+print("\nsigma    relative score error (0: exact)    before training (one wide Gaussian)")
+errors = score_errors(model)
+for sigma, error, before in zip(check_sigmas, errors, errors_before):
+    print(f"{sigma:5.3g}    {error:31.3f}    {before:35.3f}")
+score_err = np.mean(errors)
 
-def generate(name, sets, source=one_gaussian, start=0):
-    """Runs of a sampler from a source of points: path of the first, mean SW2 of all to fresh data, network calls of one."""
-    calls, first, ends = [], None, []
-    def counted_score(x, sigma):
-        calls.append(sigma)
-        return score(x, sigma)
-    for i in range(sets):
-        x_init = source(args.n_samples, seeded(100 + i)).to(device)
-        path = sample_with_initialization(name, counted_score, x_init, start, seeded(200 + i))
-        if not torch.isfinite(path[-1]).all():
-            sys.exit(f"sampler {name} diverged: no usable score at some level; train longer, or with --w_mode sigma2")
-        first = first or path
-        ends.append(projections(path[-1]))
-    return first, mean_sw2(product(ends, fresh)), len(calls) // sets
 
-sw2_floor = mean_sw2(combinations(fresh, 2))
-print(f"\nSW2 (data units) of {args.n_samples} samples to fresh data; floor, two fresh sets: {sw2_floor:.4f}; means of 2 sets vary by 10 %")
-print("sampler    sets  calls     SW2   SW2/floor")
-results = {}
-for name in SAMPLERS:
-    sets = 8 if name == args.sampler else 2
-    path, sw2, calls = results[name] = generate(name, sets)
-    print(f"{name:10s} {sets:4d} {calls:6d}  {sw2:.4f}   {sw2 / sw2_floor:6.2f}")
-path, sw2, calls = results[args.sampler]
-samples = path[-1].cpu()   # (n_samples, 2)
-its_levels = SAMPLERS[args.sampler][1]
-start = len(its_levels) // 2
-print(f"started from data noised to sigma = {its_levels[start]:.3g}: SW2 {generate(args.sampler, 8, sample_data, start)[1]:.4f}")
+def sorted_projections(x):
+    """(n, 2) -> (32, n): the points seen along 32 directions, in order."""
+    angles = math.pi * torch.arange(32) / 32
+    directions = torch.stack([angles.cos(), angles.sin()])                # (2, 32)
+    return (x @ directions).T.sort().values
 
-alphas, vp_sigmas = vp_schedule(sigma_min, sigma_max)
-ve_sigmas = [s / a for s, a in zip(vp_sigmas, alphas)]
-z = torch.randn(32, 2, generator=seeded(5), dtype=torch.float64)
-score64 = partial(score, net=copy.deepcopy(model).cpu().double())
-for name in ["ancestral", "ddim"] if alphas else []:
-    vp = vp_sampler(score64, vp_sigmas[0] * z, alphas, vp_sigmas, seeded(6), ddim=name == "ddim")
-    ve = SAMPLERS[name][0](score64, ve_sigmas[0] * z, ve_sigmas, seeded(6))
-    gap = max((x / a - y).abs().max() for x, y, a in zip(vp, ve, alphas + [1.0]))
-    print(f"{name} in {len(alphas)} steps, as DDPM (x / alpha) and as VE, same noise: largest difference {gap:.0e} (round-off)")
-save("samples.npy", lambda file: np.save(file, samples.numpy()))
+
+def mean_sw2(sets, other_sets):
+    """Mean sliced 2-Wasserstein distance over all pairs; each set as its sorted projections.
+
+    Along a line, the cheapest way to move n points onto n others takes them in order. SW2 is the
+    root mean square of these moves, over points and directions.
+    """
+    distances = []
+    for ours in sets:
+        for theirs in other_sets:
+            distances.append((ours - theirs).square().mean().sqrt().item())
+    return np.mean(distances)
+
+
+generated = [sorted_projections(x) for x in sample_sets]
+fresh = [sorted_projections(sample_data(args.n_samples)) for _ in range(n_sets)]
+perfect = [sorted_projections(sample_data(args.n_samples)) for _ in range(n_sets)]
+sw2 = mean_sw2(generated, fresh)
+sw2_floor = mean_sw2(perfect, fresh)                     # what a perfect sampler would get
+print(f"\nSW2 of samples to fresh data: {sw2:.4f}. Its floor, fresh data to fresh data: "
+      f"{sw2_floor:.4f}.\nTheir ratio: {sw2 / sw2_floor:.2f} (as good as data: 0.8 to 1.2)")
+
+summary = {"data": args.data, "seed": args.seed, "steps": args.steps, "w_mode": args.w_mode,
+           "schedule": args.schedule, "T": args.T, "sampler": args.sampler,
+           "score_err": round(float(score_err), 4), "SW2": round(float(sw2), 4),
+           "floor": round(float(sw2_floor), 4), "train_s": round(train_s, 1)}
+settings = vars(args) | {"sigma_min": sigma_min, "sigma_max": sigma_max, "viz_sigma": viz_sigma}
+with open(os.path.join(args.outdir, "summary.json"), "w") as file:
+    json.dump({"settings": settings, "figures": summary}, file, indent=1)
+
 
 # %% Pictures
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"   # data and exact, samples and learned, noise
-plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 10, "savefig.dpi": 100})
-low, high = x_data.amin(0).cpu(), x_data.amax(0).cpu()
-centre, half = (low + high) / 2, 0.6 * (high - low).max().item()
-view = torch.stack([centre - half, centre + half], dim=1).flatten().tolist()   # left, right, bottom, top of every panel
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # exact and data, learned, noisy
+plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 10})
+middle = (x_data.amin(dim=0) + x_data.amax(dim=0)) / 2
+half = 0.6 * (x_data.amax(dim=0) - x_data.amin(dim=0)).max().item()
+left, bottom = (middle - half).tolist()
+view = [left, left + 2 * half, bottom, bottom + 2 * half]
 
-def panel(ax, title, *clouds):
-    """A square panel with clouds (points (n, 2), colour)."""
-    for x, colour in clouds:
-        ax.scatter(*x.cpu().T.numpy(), s=3, color=colour, alpha=0.5, linewidths=0)
+
+def grid(n):
+    """n x n points of the visible square, (n^2, 2), row by row."""
+    line = torch.linspace(-half, half, n)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return middle + torch.stack([x.flatten(), y.flatten()], dim=1)
+
+
+def panel(ax, title):
+    """A square panel with the same limits as all others."""
     ax.axis(view)
     ax.set(aspect="equal", title=title, xticks=[], yticks=[])
 
-raster = lambda n: torch.cartesian_prod(u := torch.linspace(-half, half, n), u).flip(1) + centre   # (n^2, 2), row by row
-points = raster(16)   # where the arrows stand
-large = max(viz_sigma, min(2 * sigma_data.item(), sigma_max))
+
+def dots(ax, x, colour):
+    """Points (n, 2), 2000 at most."""
+    ax.scatter(x[:2000, 0], x[:2000, 1], s=3, color=colour, alpha=0.5, linewidths=0)
+
+
+def arrows(ax, x, vectors, longest, colour):
+    """Arrows at x; those above `longest` are cut to it."""
+    length = vectors.norm(dim=1, keepdim=True)
+    vectors = vectors * (longest / length).clamp(max=1)
+    ax.quiver(x[:, 0], x[:, 1], vectors[:, 0], vectors[:, 1], color=colour, width=0.007,
+              angles="xy", scale_units="xy", scale=10 * longest / half)
+
+
+def draw_row(clouds, titles, colours, title, file_name):
+    """A row of panels, one for each cloud of points (n, 2)."""
+    fig, axs = plt.subplots(1, len(clouds), figsize=(2 * len(clouds), 2.7))
+    for ax, x, name, colour in zip(axs, clouds, titles, colours):
+        dots(ax, x, colour)
+        panel(ax, name)
+    fig.suptitle(title)
+    fig.savefig(os.path.join(args.outdir, file_name))
+
+
+# Where do the arrows point? Exact above, learned below.
 fig, axs = plt.subplots(2, 3, figsize=(9, 6.4))
-for column, sigma in zip(axs.T, np.geomspace(viz_sigma, large, 3)):
-    density = exact_density(raster(60), sigma)[0].exp().view(60, 60).numpy()
-    fields = [("exact", exact_score(points, sigma), BLUE), ("learned", score(points.to(device), sigma).cpu(), ORANGE)]
-    cap = fields[0][1].norm(dim=1).median().item()
-    for ax, (name, v, colour) in zip(column, fields):
-        v = v * (cap / v.norm(dim=1, keepdim=True)).clamp(max=1)
+where = grid(16)
+large_sigma = max(viz_sigma, min(2 * model.sigma_data.item(), sigma_max))
+for column, sigma in enumerate(np.geomspace(viz_sigma, large_sigma, 3)):
+    density = exact_log_density(grid(60), sigma).exp().view(60, 60)
+    exact = exact_score(where, sigma)
+    longest = exact.norm(dim=1).median().item()
+    for ax in axs[:, column]:
         ax.contourf(density, 12, extent=view, cmap="Greys", vmax=1.6 * density.max())
-        ax.quiver(*points.T, *v.T, color=colour, angles="xy", scale_units="xy", scale=10 * cap / half, width=0.007)
-        panel(ax, rf"{name}, $\sigma$ = {sigma:.2g}")
-fig.suptitle(r"Score $\nabla\log q_\sigma$ over the density $q_\sigma$ (long arrows cut at the median length)")
-save("quiver.png", fig.savefig)
+    arrows(axs[0, column], where, exact, longest, BLUE)
+    arrows(axs[1, column], where, score(where, sigma), longest, ORANGE)
+    panel(axs[0, column], rf"exact, $\sigma$ = {sigma:.2g}")
+    panel(axs[1, column], rf"learned, $\sigma$ = {sigma:.2g}")
+fig.suptitle("Score over the density of the noisy data (long arrows cut at the median length)")
+fig.savefig(os.path.join(args.outdir, "quiver.png"))
 
-x = sample_data(1500, seeded(7)).to(device)
-x_noisy = x + viz_sigma * noise_like(x, seeded(8))
+# One denoising step of the right size, and one with the size that 000 uses.
 fig, axs = plt.subplots(1, 3, figsize=(10, 4.1))
-tweedie = r" = $\sigma^2$, Tweedie" if args.eta is None else ""
-shown = [(0, r"noisy $\tilde x$", GREY), (eta, rf"$\eta$ = {eta:.3g}{tweedie}", ORANGE), (0.15, r"000's $\eta$ = 0.15", ORANGE)]
-for ax, (step, name, colour) in zip(axs, shown):
-    x_step = x_noisy + step * score(x_noisy, viz_sigma)
-    panel(ax, f"{name}\nmean square error {(x_step - x).square().sum(-1).mean().item():.3g}", (x, BLUE), (x_step, colour))
-fig.suptitle(rf"One step $\tilde x+\eta\,s(\tilde x,\sigma)$ at $\sigma$ = {viz_sigma:.2g}: clean blue, noisy grey, result orange")
-save("denoise_scatter.png", fig.savefig)
+eta = viz_sigma**2 if args.eta is None else args.eta
+x_clean = sample_data(1500)
+x_noisy = x_clean + viz_sigma * torch.randn(1500, 2)
+names = ["noisy", "one step", "000's step"]
+for ax, name, step_size, colour in zip(axs, names, [0, eta, 0.15], [GREY, ORANGE, ORANGE]):
+    x_step = x_noisy + step_size * score(x_noisy, viz_sigma)
+    distance = (x_step - x_clean).square().sum(dim=1).mean().item()
+    dots(ax, x_clean, BLUE)
+    dots(ax, x_step, colour)
+    panel(ax, rf"{name}, $\eta$ = {step_size:.3g}" + f"\nmean square distance {distance:.3g}")
+fig.suptitle(rf"One step $x + \eta\,s(x, \sigma)$ at $\sigma$ = {viz_sigma:.2g}; clean points blue")
+fig.savefig(os.path.join(args.outdir, "denoise_scatter.png"))
 
-fig, axs = plt.subplots(2, 6, figsize=(13, 5.1))
-for ax, i in zip(axs[0], np.linspace(0, len(path) - 1, 6).astype(int)):
-    panel(ax, rf"$\sigma$ = {(its_levels + [0.0])[i]:.2g}", (path[i][:2000], ORANGE if i == len(path) - 1 else GREY))
-panel(axs[1, 0], f"fresh data\nfloor of SW2 {sw2_floor:.3f}", (sample_data(2000, seeded(9)), BLUE))
-for ax, (name, (its_path, its_sw2, its_calls)) in zip(axs[1, 1:], results.items()):
-    panel(ax, f"{name}: {its_calls} calls\nSW2 {its_sw2:.3f}", (its_path[-1][:2000], ORANGE))
-fig.suptitle(f"From pure noise to data with {args.sampler} (top); what every sampler makes of the same network (bottom)")
-save("generation.png", fig.savefig)
+# From noise to data.
+clouds = []
+titles = []
+all_levels = levels + [0.0]
+for i in np.linspace(0, len(levels), 6).astype(int):     # six states, the first and last among them
+    clouds.append(path[i])
+    titles.append(rf"$\sigma$ = {all_levels[i]:.2g}")
+clouds.append(sample_data(2000))
+titles.append("data")
+colours = [GREY, GREY, GREY, GREY, GREY, ORANGE, BLUE]
+draw_row(clouds, titles, colours, f"From pure noise to samples ({args.sampler})", "generation.png")
 
+# What was learned?
 fig, axs = plt.subplots(1, 3, figsize=(11, 3.4))
-steps, losses, excesses = zip(*history)
-axs[0].plot(steps, losses, "o-", color=ORANGE, label="loss")
-axs[0].axhline(floor, color=BLUE, ls="--", label="floor: loss of the exact score")
-axs[0].set(xlabel="step", title=f"Training loss (weight {args.w_mode}): flat on its floor")
-axs[1].semilogy(steps, excesses, "o-", color=ORANGE)
-axs[1].set(xlabel="step", title=r"What is learned: excess $E\,\frac{\lambda}{2}\|s-s^*\|^2$")
-axs[2].loglog(check_levels.tolist(), relative_error, "o-", ms=3, markevery=2, color=ORANGE, label="dots: trained levels")
-axs[2].axhline(1, color=GREY, ls="--", label=r"$s=0$")
-axs[2].set(xlabel=r"$\sigma$", title=r"Relative score error under $q_\sigma$")
-for ax in axs[::2]:
-    ax.legend()
-save("training.png", fig.savefig)
+axs[0].plot(history["step"], history["loss"], "o-", color=ORANGE, label="loss")
+axs[0].axhline(floor_of_loss, color=BLUE, ls="--", label="floor: loss of the exact score")
+axs[0].set(xlabel="step", title=f"Loss (weight {args.w_mode})",
+           ylim=(0, 1.4 * max(history["loss"])))
+axs[1].plot(history["step"], history["error"], "o-", color=ORANGE)
+axs[1].set(xlabel="step", title="Relative score error, mean of the levels", ylim=(0, None))
+axs[2].loglog(check_sigmas, errors_before, "o--", color=GREY, label="before training")
+axs[2].loglog(check_sigmas, errors, "o-", color=ORANGE, label="after")
+axs[2].set(xlabel=r"$\sigma$", title="Relative score error, level by level")
+axs[0].legend()
+axs[2].legend()
+fig.savefig(os.path.join(args.outdir, "training.png"))
 
-summary = dict(data=args.data, seed=args.seed, steps=args.steps, w_mode=args.w_mode, schedule=args.schedule, T=args.T, sampler=args.sampler,
-               calls=calls, score_err=round(float(score_err), 4), SW2=round(sw2, 4), floor=round(sw2_floor, 4), train_s=round(train_s, 1))
-record = {"settings": vars(args) | {"viz_sigma": viz_sigma, "eta": eta}, "levels": levels, "figures": summary}
-save("summary.json", lambda file: file.write_text(json.dumps(record, indent=1)))
+
+# %% Extra: which sampler?
+# All five on the same network. Their cost is the number of calls of the network. This is the SW2 of
+# one set of samples, and uncertain by a fifth.
+calls = {
+    "ancestral": args.T,
+    "ddim": args.T,
+    "heun": 2 * len(sampling_levels("heun")) - 1,        # the last step needs but one
+    "ald": args.K * args.T + 1,                          # one to denoise
+    "pc": 2 * args.T - 1,
+}
+clouds = []
+titles = []
+print("\nsampler      calls    SW2/floor")
+for name in calls:
+    x = start_points(args.n_samples)
+    x = run_sampler(name, score, x, sampling_levels(name))[-1]
+    ratio = mean_sw2([sorted_projections(x)], fresh) / sw2_floor
+    print(f"{name:10s} {calls[name]:7d} {ratio:12.2f}")
+    clouds.append(x)
+    titles.append(f"{name}, {calls[name]} calls\nSW2 = {ratio:.2f} floors")
+draw_row(clouds, titles, [ORANGE] * 5, "One network, five samplers", "samplers.png")
+
+
+# %% Extra: can one start from given points?
+# Yes: give them the noise of a level and go down from there. With little noise a point comes back
+# near its start, with much noise anywhere. 003's code forgets the noise. Then the points are not
+# where the network expects them, and end too close together.
+def sample_with_initialization(score, x_init, levels, with_noise=True):
+    """Points (B, 2) sent up to the first of these levels, and down all of them.  -> (B, 2)"""
+    if with_noise:
+        x_init = x_init + levels[0] * torch.randn_like(x_init)
+    return heun_sampling(score, x_init, levels)[-1]
+
+
+print("\nstart at sigma    SW2/floor    mean distance moved    SW2/floor if the noise is forgotten")
+heun_levels = sampling_levels("heun")
+for start in [3 * len(heun_levels) // 4, len(heun_levels) // 2, len(heun_levels) // 4]:
+    x_init = sample_data(args.n_samples)
+    back = sample_with_initialization(score, x_init, heun_levels[start:])
+    forgotten = sample_with_initialization(score, x_init, heun_levels[start:], with_noise=False)
+    moved = (back - x_init).norm(dim=1).mean().item()
+    ratio = mean_sw2([sorted_projections(back)], fresh) / sw2_floor
+    ratio_forgotten = mean_sw2([sorted_projections(forgotten)], fresh) / sw2_floor
+    print(f"{heun_levels[start]:14.3g} {ratio:12.2f} {moved:22.2f} {ratio_forgotten:38.2f}")
+
+
+# %% Extra: is this a DDPM?
+# Exercise 4.4. A DDPM shrinks the data while it adds noise: x_t = alpha_t x0 + sigma_t eps. Divide
+# by alpha_t, and this is our x + sigma eps with sigma = sigma_t / alpha_t. So our network serves as
+# a DDPM, without any training, and its samplers take the same steps as ours (theory.md 7.5). (The
+# literature calls DDPM's way VP, variance preserving, and ours VE, variance exploding.)
+def convert(value, x, alpha, sigma, source, target):
+    """From one of "score", "eps", "x0", "v" to another, at the point x = alpha x0 + sigma eps.
+
+    Four ways to say what a network predicts; knowing x, each of them tells the others.
+    """
+    if source == "score":
+        eps = -sigma * value
+    elif source == "eps":
+        eps = value
+    elif source == "x0":
+        eps = (x - alpha * value) / sigma
+    else:                                                # v = alpha eps - sigma x0
+        eps = (sigma * x + alpha * value) / (alpha**2 + sigma**2)
+    x0 = (x - sigma * eps) / alpha
+    return {"score": -eps / sigma, "eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[target]
+
+
+def vp_schedule(sigma_min, sigma_max):
+    """alpha_t, sigma_t of DDPM's steps, with sigma_t / alpha_t within the levels: two lists.
+
+    What the papers call alpha_bar is alpha_t^2 here.
+    """
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alpha_bar = (1 - beta).cumprod(dim=0).flip(0)        # from noise to data
+    ratio = (1 / alpha_bar - 1).sqrt()                   # sigma_t / alpha_t
+    alpha_bar = alpha_bar[(sigma_min <= ratio) & (ratio <= sigma_max)]
+    alpha_bar = alpha_bar[::5]                           # every fifth step is enough to compare
+    return alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
+
+
+def ddpm_sampling(eps_model, x, alphas, sigmas, ddim=False):
+    """DDPM's sampler, or DDIM's, as in their papers; eps_model(x, alpha, sigma) -> noise."""
+    path = [x]
+    for alpha, sigma, alpha_next, sigma_next in zip(alphas, sigmas, alphas[1:], sigmas[1:]):
+        eps = eps_model(x, alpha, sigma)
+        z = torch.randn_like(x)
+        if ddim:
+            x0 = (x - sigma * eps) / alpha
+            x = alpha_next * x0 + sigma_next * eps
+        else:
+            beta = 1 - (alpha / alpha_next) ** 2
+            mean = (x - beta / sigma * eps) / math.sqrt(1 - beta)
+            x = mean + math.sqrt(beta) * sigma_next / sigma * z
+        path.append(x)
+    eps = eps_model(x, alphas[-1], sigmas[-1])
+    path.append((x - sigmas[-1] * eps) / alphas[-1])     # x0
+    return path
+
+
+model64 = copy.deepcopy(model).double()                  # so that only true differences are seen
+
+
+@torch.no_grad()
+def score64(x, sigma):
+    """score in float64."""
+    return model64(x, torch.full((len(x),), math.log(sigma), dtype=torch.float64))
+
+
+def eps64(x, alpha, sigma):
+    """The network as a DDPM's. Dividing x by alpha divides the score of x_t by alpha, too."""
+    score_t = score64(x / alpha, sigma / alpha) / alpha
+    return convert(score_t, x, alpha, sigma, "score", "eps")
+
+
+def compare_with_ddpm(alphas, vp_sigmas, ddim):
+    """The largest difference between the paths of DDPM's sampler and of ours, with equal noise."""
+    ve_sigmas = [sigma / alpha for sigma, alpha in zip(vp_sigmas, alphas)]
+    x = torch.randn(32, 2, dtype=torch.float64)
+    torch.manual_seed(args.seed)                         # the same seed, so the same noise
+    vp_path = ddpm_sampling(eps64, vp_sigmas[0] * x, alphas, vp_sigmas, ddim)
+    torch.manual_seed(args.seed)
+    ve_path = ancestral_sampling(score64, ve_sigmas[0] * x, ve_sigmas, ddim)
+    largest = 0.0
+    for vp, ve, alpha in zip(vp_path, ve_path, alphas + [1.0]):
+        largest = max(largest, (vp / alpha - ve).abs().max().item())
+    return largest
+
+
+x = torch.tensor([[1.0, 2.0]], dtype=torch.float64)      # one answer of the network, four ways
+alpha, sigma = 0.8, 0.6
+print(f"\nAt x_t = (1, 2), with alpha = {alpha} and sigma = {sigma}, the network says:")
+for target in ["score", "eps", "x0", "v"]:
+    value = convert(eps64(x, alpha, sigma), x, alpha, sigma, "eps", target)
+    print(f"{target:5s} = ({value[0, 0]:.3f}, {value[0, 1]:.3f})")
+
+alphas, vp_sigmas = vp_schedule(sigma_min, sigma_max)
+print(f"\nThe same noise through {len(alphas)} of DDPM's steps, as a DDPM and by our samplers:")
+if alphas:
+    print(f"largest difference, DDPM {compare_with_ddpm(alphas, vp_sigmas, ddim=False):.0e}, "
+          f"DDIM {compare_with_ddpm(alphas, vp_sigmas, ddim=True):.0e} (float64 has 16 digits)")
+
+
+# %% Result
+print(f"\npictures in {args.outdir}: generation.png (look at it first), quiver.png, "
+      "denoise_scatter.png, training.png, samplers.png")
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
+# What `uv run` installs for this script:
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "scikit-learn==1.9.1", "matplotlib==3.11.2", "tqdm==4.70.1"]
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "scikit-learn==1.9.1",
+#     "matplotlib==3.11.2",
+#     "tqdm==4.70.1",
+# ]
 # ///
