@@ -60,7 +60,7 @@ parser.add_argument("--T", type=number(int, 2, 1000), default=50, help="noise le
 parser.add_argument("--schedule", default="geometric", help="spacing (adaptive: range) of levels",
                     choices=["geometric", "linear", "quadratic", "cosine", "adaptive"])
 parser.add_argument("--sigma_min", type=number(float, 1e-4, 1e4),
-                    help="smallest level (None: 0.01)")
+                    help="smallest level (None: 0.01; adaptive: near the smallest distance)")
 parser.add_argument("--sigma_max", type=number(float, 1e-4, 1e4),
                     help="largest level (None: the largest distance between two data points)")
 parser.add_argument("--hidden", type=number(int, 1, 8192), default=64, help="width of the network")
@@ -120,11 +120,11 @@ def sample_data(n):
 
 
 def exact_score(x, sigma):
-    """grad log q_sigma(x): the mean of all Gaussians' scores, each by its share in x.  -> (B, 2)"""
+    """grad log q_sigma(x) = sum over k of share_k(x) cov_k^-1 (centre_k - x).  -> (B, 2)"""
     cov = covs + sigma**2 * torch.eye(2)                              # (M, 2, 2)
     to_centre = centres - x[:, None]                                  # (B, M, 2)
     pull = torch.einsum("mij,bmj->bmi", cov.inverse(), to_centre)     # the score of each Gaussian
-    log_density = -0.5 * (to_centre * pull).sum(-1) - 0.5 * cov.logdet()   # up to a constant
+    log_density = -0.5 * (to_centre * pull).sum(-1) - 0.5 * cov.logdet()   # (B, M) + a constant
     share = log_density.softmax(dim=1)                                # the chance that x is from it
     return (share[:, :, None] * pull).sum(dim=1)
 
@@ -161,11 +161,11 @@ def sigma_schedule(name, T, sigma_min, sigma_max):
 distances = torch.pdist(x_data[:2000])                   # between all pairs of 2000 points
 if args.schedule == "adaptive":
     quantiles = torch.tensor([0.01, 0.99])
-    sigma_min, sigma_max = torch.quantile(distances[distances > 0], quantiles).tolist()
+    default_min, default_max = torch.quantile(distances[distances > 0], quantiles).tolist()
 else:
-    sigma_min, sigma_max = 0.01, distances.max().item()
-sigma_min = args.sigma_min or sigma_min
-sigma_max = args.sigma_max or sigma_max
+    default_min, default_max = 0.01, distances.max().item()
+sigma_min = args.sigma_min or default_min
+sigma_max = args.sigma_max or default_max
 viz_sigma = args.viz_sigma or min(10 * sigma_min, sigma_max)
 
 if sigma_min >= 0.99 * sigma_max:
@@ -187,9 +187,10 @@ print(f"{args.data}: {args.n} points, {args.T} levels from {sigma_max:.3g} to {s
 
 
 # %% Model
-# One network for all levels. It is told the level as waves of log sigma. The scores of the levels
-# are of very different size, so the network does not answer with a score, but with what a first
-# guess of the score misses, in a unit that fits the level.
+# One network for all levels. It is told the level as waves of log sigma. What it is trained on, the
+# target -eps/sigma of the loss below, has the size 100 at sigma = 0.01 and 0.1 at sigma = 10, and
+# networks are best with numbers of size 1. So a formula makes a first guess of the score, and the
+# network answers what the guess misses, in a unit that fits the level.
 class FourierTimeEmbedding(nn.Module):
     """sin and cos of dim multiples of log sigma, (B,) -> (B, 2 dim)."""
 
@@ -208,13 +209,13 @@ class ScoreMLP(nn.Module):
     """model(x, log_sigma) -> score; (B, 2), (B,) -> (B, 2)."""
 
     def __init__(self, hidden=64, time_dim=8, num_layers=3,
-                 mean=torch.zeros(2), sigma_data=torch.tensor(1.0), waves=8):
+                 mean=torch.zeros(2), sigma_data=torch.tensor(1.0), num_waves=8):
         super().__init__()
         self.register_buffer("mean", mean)               # of the data
         self.register_buffer("sigma_data", sigma_data)   # their standard deviation
-        self.register_buffer("directions", torch.randn(2, waves))
+        self.register_buffer("directions", torch.randn(2, num_waves))
         self.embedding = FourierTimeEmbedding(time_dim)
-        width = 2 + 2 * waves + 2 * time_dim             # of x, its waves and the embedding
+        width = 2 + 2 * num_waves + 2 * time_dim         # of x, its waves and the embedding
         layers = []
         for _ in range(num_layers):
             layers.append(nn.Linear(width, hidden))
@@ -229,15 +230,14 @@ class ScoreMLP(nn.Module):
         sigma = log_sigma.exp()[:, None]                       # (B, 1)
         total = (sigma**2 + self.sigma_data**2).sqrt()         # spread of the noisy data
         scaled = (x - self.mean) / total                       # (B, 2), of size 1 at every level
-        waves = scaled @ self.directions                       # (B, 8), they help with thin curves
-        features = [scaled, waves.sin(), waves.cos(), self.embedding(log_sigma)]
+        angles = scaled @ self.directions                      # (B, 8): sines of x make it easier
+        waves = [angles.sin(), angles.cos()]                   # to learn thin curves
+        features = [scaled, *waves, self.embedding(log_sigma)]
         answer = self.net(torch.cat(features, dim=1))          # (B, 2)
-        # The first guess is the score of one Gaussian as wide as the noisy data. The target of the
-        # loss below is -eps/sigma, and with x = x_clean + sigma eps (mean 0) the guess misses of it
-        #     -eps/sigma + x/total^2 = x_clean/total^2 - eps sigma_data^2/(sigma total^2).
-        # The two terms are independent; their variances add up to sigma_data^2/(sigma total)^2. In
-        # this unit the targets have size 1 at every level. (From sigma = 10 to 0.01, -eps/sigma
-        # itself has the sizes 0.1 to 100.)
+        # The first guess is the score of one Gaussian as wide as the noisy data. If its mean is 0,
+        #     target - first_guess = -eps/sigma + (x_clean + sigma eps) / total^2
+        #                          = x_clean / total^2 - eps sigma_data^2 / (sigma total^2).
+        # The two terms are independent, and their variances add up to unit^2:
         first_guess = -scaled / total
         unit = self.sigma_data / (sigma * total)
         return first_guess + unit * answer
@@ -249,7 +249,7 @@ class ScoreMLP(nn.Module):
 # noisy point, each with its own arrow. The best answer to all of them is their mean, and this mean
 # is the score of the noisy data (theory.md 4.1).
 def level_weight(sigma, w_mode):
-    """lambda(sigma). The target has size 1/sigma: with sigma^2 the levels matter about equally."""
+    """lambda(sigma), (B,) -> (B,). Targets have size 1/sigma: sigma^2 makes all of them count."""
     power = {"none": 0, "sigma": 1, "sigma2": 2, "inv_sigma2": -2}[w_mode]
     return sigma**power
 
@@ -278,8 +278,8 @@ def dsm_loss_multi_sigma(model, x, sigmas, w_mode="sigma2"):
 def loss_floor(sigmas, w_mode):
     """Loss of the exact score, a number; from 500 points a level it is uncertain by 0.5 %.
 
-    The score is the mean of the targets at a point, so on average over the targets
-    |target - score|^2 = |target|^2 - |score|^2.
+    The score is the mean of the targets at a point, so E[target . score] = E|score|^2, and
+    E|target - score|^2 = E|target|^2 - E|score|^2.
     """
     floors = []
     for sigma in sigmas.tolist():
@@ -315,8 +315,10 @@ model = ScoreMLP(args.hidden, num_layers=args.layers,
                  mean=x_data.mean(dim=0), sigma_data=x_data.std())
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
 # The learning rate rises for 15 % of the steps, then falls to 0: so it can be high without harm.
+# (This also moves Adam's first beta the other way.)
 scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
-# Weights averaged over about 100 steps make a smoother score, above all while the rate is high.
+# The weights that will be used are a mean over about the last 100 steps, which is less noisy. The
+# mean begins at half time, so that after a short run, too, nothing in it is from the start.
 ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
 
 errors_before = score_errors(model)
@@ -338,12 +340,12 @@ for step in bar:
     loss.backward()
     optimizer.step()
     scheduler.step()
-    if step > args.steps // 2:                           # nothing of the start in a short run
+    if step > args.steps // 2:
         ema.update_parameters(model)
     losses.append(loss.item())
     if not math.isfinite(losses[-1]):
         sys.exit(f"the loss is {losses[-1]} at step {step}: try a --lr below {args.lr:g}")
-    if step % interval == 0:
+    if step % interval == 0:                             # of the weights now, not of their mean
         recent_loss = np.mean(losses[-interval:])
         error = np.mean(score_errors(model))
         bar.write(f"step {step:5d}   loss {recent_loss:.4g} (its floor {floor_of_loss:.4g})   "
@@ -375,14 +377,14 @@ def denoise(score, x, sigma):
 
 
 def ancestral_step(score, x, sigma, sigma_next, ddim=False):
-    """One step down: guess the clean point, put less noise back."""
+    """One step down: x_clean + sigma_next (keep eps + sqrt(1 - keep^2) z), with both guessed."""
     x_clean = denoise(score, x, sigma)
     eps = (x - x_clean) / sigma                          # a guess of the noise in x
     if ddim:
         keep = 1.0                                       # DDIM puts this very noise back
     else:
-        # DDPM renews a part. Seen from below, x is a point at sigma_next plus fresh noise; then
-        # sigma_next / sigma is the correlation of the noise below with all the noise in x.
+        # DDPM renews a part. On the way up, x would have had the noise sigma_next eps', and then
+        # got more on top, up to sigma eps. The correlation of eps' and eps is sigma_next / sigma.
         keep = sigma_next / sigma
     eps = keep * eps + math.sqrt(1 - keep**2) * torch.randn_like(x)
     return x_clean + sigma_next * eps
@@ -399,10 +401,10 @@ def ancestral_sampling(score, x, sigmas, ddim=False):
 
 
 def heun_sampling(score, x, sigmas):
-    """Follow dx/dsigma = -sigma s, along which noise turns into data without any chance.
+    """Follow dx/dsigma = -sigma s, the equation that DDIM's steps come to when they are small.
 
-    DDIM's step is Euler's for this equation. Heun's rule goes there, looks at the slope again, and
-    takes the mean of both slopes: two calls of the network, but far fewer steps (theory.md 7.2).
+    Points that move by it have the density q_sigma at every sigma (theory.md 7.2). DDIM's step is
+    Euler's rule. Heun's goes there, looks at the slope again, and takes the mean of both slopes.
     """
     path = [x]
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
@@ -418,8 +420,8 @@ def heun_sampling(score, x, sigmas):
 def langevin_step(score, x, sigma, kappa):
     """x + eta/2 s + sqrt(eta) z with eta = 2 kappa sigma^2, the same kappa at every level.
 
-    A walk within one level: it draws x towards the density q_sigma, and holds it there but for a
-    surplus of noise that is small if kappa is (theory.md 8.4).
+    A walk within one level: it draws points towards the density q_sigma and keeps them near it. The
+    smaller kappa, the nearer and the slower; from 2 on it diverges (theory.md 8.4).
     """
     noise = math.sqrt(2 * kappa) * sigma * torch.randn_like(x)
     return x + kappa * sigma**2 * score(x, sigma) + noise
@@ -439,7 +441,8 @@ def annealed_langevin_dynamics(score, x, sigmas, K, kappa):
 def predictor_corrector(score, x, sigmas, kappa):
     """At each level a step down by DDPM's rule, then a Langevin step there.
 
-    The first loses a little of the spread, the second adds a little: kappa = 0.4 came out best.
+    The first puts the mean of the possible clean points in the place of one of them, and so loses
+    a little of the spread. The second adds a little too much; with kappa = 0.4 this about balances.
     """
     path = [x]
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
@@ -475,8 +478,8 @@ def start_points(n):
     return MultivariateNormal(x_data.mean(dim=0), cov).sample((n,))
 
 
-# K Langevin steps shrink the noise that is too much for a level by |1 - kappa|^K. If the levels
-# shrink faster than that, such noise grows from level to level (theory.md 8.4).
+# Noise that is left over from the level above shrinks by |1 - kappa|^K in K Langevin steps. If
+# sigma itself shrinks faster than that, the rest grows from level to level (theory.md 8.4).
 if abs(1 - args.kappa) ** args.K * largest_ratio >= 1:
     print("warning: annealed Langevin (ald) cannot keep up with these levels; raise --K or --T, "
           "or bring --kappa nearer to 1")
@@ -496,8 +499,10 @@ np.save(os.path.join(args.outdir, "samples.npy"), samples.numpy())
 
 
 # %% Check
-# Two questions. How far is the learned score from the exact one, level by level? And how far are
-# the samples from the data? Even two fresh sets of data are some way apart: that is the floor.
+# Two questions. How far is the learned score from the exact one, level by level? It is worst where
+# sigma is smallest, and does the least harm there, since a step multiplies the score by sigma^2.
+# And how far are the samples from the data? Even two fresh sets of data are some way apart: that is
+# the floor.
 print("\nsigma    relative score error (0: exact)    before training (one wide Gaussian)")
 errors = score_errors(model)
 for sigma, error, before in zip(check_sigmas, errors, errors_before):
@@ -638,10 +643,10 @@ axs[0].axhline(floor_of_loss, color=BLUE, ls="--", label="floor: loss of the exa
 axs[0].set(xlabel="step", title=f"Loss (weight {args.w_mode})",
            ylim=(0, 1.4 * max(history["loss"])))
 axs[1].plot(history["step"], history["error"], "o-", color=ORANGE)
-axs[1].set(xlabel="step", title="Relative score error, mean of the levels", ylim=(0, None))
+axs[1].set(xlabel="step", title="Mean relative score error of the weights", ylim=(0, None))
 axs[2].loglog(check_sigmas, errors_before, "o--", color=GREY, label="before training")
 axs[2].loglog(check_sigmas, errors, "o-", color=ORANGE, label="after")
-axs[2].set(xlabel=r"$\sigma$", title="Relative score error, level by level")
+axs[2].set(xlabel=r"$\sigma$", title="Relative score error of the averaged weights")
 axs[0].legend()
 axs[2].legend()
 fig.savefig(os.path.join(args.outdir, "training.png"))
@@ -672,8 +677,8 @@ draw_row(clouds, titles, [ORANGE] * 5, "One network, five samplers", "samplers.p
 
 # %% Extra: can one start from given points?
 # Yes: give them the noise of a level and go down from there. With little noise a point comes back
-# near its start, with much noise anywhere. 003's code forgets the noise. Then the points are not
-# where the network expects them, and end too close together.
+# near its start, with much noise anywhere. 003's code forgets the noise. Then each point is drawn
+# to the mean of the clean points behind it as if it were noisy: they end too close together.
 def sample_with_initialization(score, x_init, levels, with_noise=True):
     """Points (B, 2) sent up to the first of these levels, and down all of them.  -> (B, 2)"""
     if with_noise:
@@ -776,16 +781,16 @@ def compare_with_ddpm(alphas, vp_sigmas, ddim):
     return largest
 
 
-x = torch.tensor([[1.0, 2.0]], dtype=torch.float64)      # one answer of the network, four ways
-alpha, sigma = 0.8, 0.6
-print(f"\nAt x_t = (1, 2), with alpha = {alpha} and sigma = {sigma}, the network says:")
+x_t = torch.tensor([[1.0, 2.0]], dtype=torch.float64)    # one answer of the network, four ways
+eps_t = eps64(x_t, 0.8, 0.6)
+print("\nAt x_t = (1, 2), where alpha_t = 0.8 and sigma_t = 0.6, the network says:")
 for target in ["score", "eps", "x0", "v"]:
-    value = convert(eps64(x, alpha, sigma), x, alpha, sigma, "eps", target)
+    value = convert(eps_t, x_t, 0.8, 0.6, "eps", target)
     print(f"{target:5s} = ({value[0, 0]:.3f}, {value[0, 1]:.3f})")
 
 alphas, vp_sigmas = vp_schedule(sigma_min, sigma_max)
-print(f"\nThe same noise through {len(alphas)} of DDPM's steps, as a DDPM and by our samplers:")
 if alphas:
+    print(f"\nThe same noise through {len(alphas)} of DDPM's steps, as a DDPM and by our samplers:")
     print(f"largest difference, DDPM {compare_with_ddpm(alphas, vp_sigmas, ddim=False):.0e}, "
           f"DDIM {compare_with_ddpm(alphas, vp_sigmas, ddim=True):.0e} (float64 has 16 digits)")
 

@@ -275,6 +275,49 @@ def test_all_lesson_without_extras(name, request, capsys):
         f"{key}={value}" for key, value in whole.summary.items() if not key.endswith("_s")]
 
 
+SHARED = [   # first and last line of what rewritten scripts have letter for letter, if they have it
+    ("def number(kind, low, high):", "    return parse"),
+    ("in_notebook = ", "args = parser"),
+    ("try:  ", "    parser.error(f\"argument --outdir: cannot write"),
+    ("def sorted_projections(x):", "    return (x @ directions)"),
+    ("def mean_sw2(sets, other_sets):", "    return np.mean(distances)"),
+    ("BLUE, ORANGE, GREY = ", "plt.rcParams.update("),
+    ("def dots(ax, x, colour):", "    ax.scatter("),
+    ("print(f\"\\npictures in", "print(\" \".join("),
+    ("# What `uv run` installs", "# ///"),
+]
+
+
+def passage(name, first, last):
+    """The lines of a script from the one that begins with `first` to the next one with `last`."""
+    lines = (HERE / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith(first)]
+    if not starts:
+        return None
+    end = next(i for i in range(starts[0] + 1, len(lines)) if lines[i].startswith(last))
+    return lines[starts[0]:end + 1]
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_all_shared_passages_are_alike(name):
+    """Scripts that need the same lines have the same lines; dsm_2d.py has all of them."""
+    assert all(passage("dsm_2d", *ends) for ends in SHARED)
+    for first, last in SHARED:
+        ours = passage(name, first, last)
+        if first.startswith("print("):   # the pictures differ, the line in front of their names not
+            ours = ours[-1:]
+        assert ours is None or ours == passage("dsm_2d", first, last)[-len(ours):], first
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_all_inline_metadata_hold_the_pins(name):
+    """uv run and pip install the same versions."""
+    text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+    pins = re.findall(r'^#     "(.*)",$', text.partition("# /// script")[2], re.M)
+    wanted = (HERE / "requirements.txt").read_text().split("# only for")[0].splitlines()
+    assert pins == [line for line in wanted if line and line[0] != "#"]
+
+
 # %% dsm_2d.py: data and exact score
 DATA = ["gmm2", "circles", "moons", "swiss_roll"]
 SPREAD = {"circles": 0.06, "moons": 0.06, "swiss_roll": 0.03}
