@@ -62,13 +62,14 @@ parser.add_argument("--schedule", default="geometric", help="spacing (adaptive: 
 parser.add_argument("--sigma_min", type=number(float, 1e-4, 1e4),
                     help="smallest level (None: 0.01; adaptive: near the smallest distance)")
 parser.add_argument("--sigma_max", type=number(float, 1e-4, 1e4),
-                    help="largest level (None: the largest distance between two data points)")
+                    help="largest level (None: the largest distance between 2000 data points)")
 parser.add_argument("--hidden", type=number(int, 1, 8192), default=64, help="width of the network")
 parser.add_argument("--layers", type=number(int, 1, 64), default=3, help="hidden layers")
 parser.add_argument("--w_mode", default="sigma2", help="weight of a level in the loss",
                     choices=["none", "sigma", "sigma2", "inv_sigma2"])
 parser.add_argument("--steps", type=number(int, 1, 10**7), default=1200, help="training steps")
-parser.add_argument("--batch", type=number(int, 1, 10**6), default=1024, help="points in a step")
+parser.add_argument("--batch", type=number(int, 1, 10**6), default=1024,
+                    help="points in a step, each used twice")
 parser.add_argument("--lr", type=number(float, 1e-8, 1), default=0.015, help="peak of the rate")
 parser.add_argument("--sampler", default="pc", help="pc came nearest to the data for its calls",
                     choices=["ancestral", "ddim", "heun", "ald", "pc"])
@@ -76,7 +77,7 @@ parser.add_argument("--n_samples", type=number(int, 2, 10**6), default=5000,
                     help="points to generate")
 parser.add_argument("--K", type=number(int, 1, 10**5), default=5, help="steps a level (ald)")
 parser.add_argument("--kappa", type=number(float, 1e-4, 1.9999), default=0.4,
-                    help="Langevin step in units of sigma^2 (ald, pc)")
+                    help="Langevin step / 2 sigma^2 (ald, pc); from 2 on it diverges")
 parser.add_argument("--viz_sigma", type=number(float, 1e-4, 1e4),
                     help="level of the denoising picture (None: 10 sigma_min)")
 parser.add_argument("--eta", type=number(float, 0, 1e4),
@@ -121,6 +122,7 @@ def sample_data(n):
 
 def exact_score(x, sigma):
     """grad log q_sigma(x) = sum over k of share_k(x) cov_k^-1 (centre_k - x).  -> (B, 2)"""
+    # grad log of a sum is the mean of the terms' own grad logs, weighted by their shares in it.
     cov = covs + sigma**2 * torch.eye(2)                              # (M, 2, 2)
     to_centre = centres - x[:, None]                                  # (B, M, 2)
     pull = torch.einsum("mij,bmj->bmi", cov.inverse(), to_centre)     # the score of each Gaussian
@@ -503,7 +505,7 @@ np.save(os.path.join(args.outdir, "samples.npy"), samples.numpy())
 # sigma is smallest, and does the least harm there, since a step multiplies the score by sigma^2.
 # And how far are the samples from the data? Even two fresh sets of data are some way apart: that is
 # the floor.
-print("\nsigma    relative score error (0: exact)    before training (one wide Gaussian)")
+print("\nsigma    relative score error (0: exact)    before training (first guess alone)")
 errors = score_errors(model)
 for sigma, error, before in zip(check_sigmas, errors, errors_before):
     print(f"{sigma:5.3g}    {error:31.3f}    {before:35.3f}")
@@ -686,7 +688,8 @@ def sample_with_initialization(score, x_init, levels, with_noise=True):
     return heun_sampling(score, x_init, levels)[-1]
 
 
-print("\nstart at sigma    SW2/floor    mean distance moved    SW2/floor if the noise is forgotten")
+print("\nstart at sigma    SW2/floor    mean distance moved    noise forgotten: SW2/floor    "
+      "spread (data: 1.00)")
 heun_levels = sampling_levels("heun")
 for start in [3 * len(heun_levels) // 4, len(heun_levels) // 2, len(heun_levels) // 4]:
     x_init = sample_data(args.n_samples)
@@ -695,7 +698,9 @@ for start in [3 * len(heun_levels) // 4, len(heun_levels) // 2, len(heun_levels)
     moved = (back - x_init).norm(dim=1).mean().item()
     ratio = mean_sw2([sorted_projections(back)], fresh) / sw2_floor
     ratio_forgotten = mean_sw2([sorted_projections(forgotten)], fresh) / sw2_floor
-    print(f"{heun_levels[start]:14.3g} {ratio:12.2f} {moved:22.2f} {ratio_forgotten:38.2f}")
+    spread = (forgotten.std() / x_data.std()).item()
+    print(f"{heun_levels[start]:14.3g} {ratio:12.2f} {moved:22.2f} {ratio_forgotten:29.2f} "
+          f"{spread:23.2f}")
 
 
 # %% Extra: is this a DDPM?
