@@ -60,7 +60,7 @@ parser.add_argument("--T", type=number(int, 2, 1000), default=50, help="noise le
 parser.add_argument("--schedule", default="geometric", help="spacing (adaptive: range) of levels",
                     choices=["geometric", "linear", "quadratic", "cosine", "adaptive"])
 parser.add_argument("--sigma_min", type=number(float, 1e-4, 1e4),
-                    help="smallest level (None: 0.01; adaptive: near the smallest distance)")
+                    help="smallest level (None: 0.01; adaptive: quantile of the distances)")
 parser.add_argument("--sigma_max", type=number(float, 1e-4, 1e4),
                     help="largest level (None: the largest distance between 2000 data points)")
 parser.add_argument("--hidden", type=number(int, 1, 8192), default=64, help="width of the network")
@@ -105,8 +105,9 @@ else:
     elif args.data == "circles":
         curve, spread = make_circles(600, shuffle=False, factor=0.5)[0], 0.06
     else:
-        angle = 1.5 * np.pi * (1 + 2 * (np.arange(600) + 0.5) / 600)  # as in make_swiss_roll,
-        curve = np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=1) / 7   # but smaller
+        # The curve of make_swiss_roll, seven times smaller.
+        angle = 1.5 * np.pi * (1 + 2 * (np.arange(600) + 0.5) / 600)
+        curve = np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=1) / 7
         spread = 0.03
     centres = torch.tensor(curve, dtype=torch.float32)
     covs = spread**2 * torch.eye(2).repeat(600, 1, 1)                 # (M, 2, 2)
@@ -142,7 +143,8 @@ x_data = sample_data(args.n)
 
 # %% Noise levels
 # At the largest level the data drown in noise, so that generation can start from plain noise. The
-# smallest is finer than anything in the data. The levels between them make the steps short.
+# smallest is finer than anything in the data. The levels between them make the steps short. (The
+# schedule "adaptive" takes its limits from the data: 1 % and 99 % of the distances are below them.)
 def geometric_sigma_schedule(T, sigma_min, sigma_max):
     """T levels (T,) from sigma_max down to sigma_min, each the same factor below the last."""
     return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), T)
@@ -214,7 +216,7 @@ class ScoreMLP(nn.Module):
                  mean=torch.zeros(2), sigma_data=torch.tensor(1.0), num_waves=8):
         super().__init__()
         self.register_buffer("mean", mean)               # of the data
-        self.register_buffer("sigma_data", sigma_data)   # their standard deviation
+        self.register_buffer("sigma_data", sigma_data)   # of both coordinates together
         self.register_buffer("directions", torch.randn(2, num_waves))
         self.embedding = FourierTimeEmbedding(time_dim)
         width = 2 + 2 * num_waves + 2 * time_dim         # of x, its waves and the embedding
@@ -232,14 +234,16 @@ class ScoreMLP(nn.Module):
         sigma = log_sigma.exp()[:, None]                       # (B, 1)
         total = (sigma**2 + self.sigma_data**2).sqrt()         # spread of the noisy data
         scaled = (x - self.mean) / total                       # (B, 2), of size 1 at every level
-        angles = scaled @ self.directions                      # (B, 8): sines of x make it easier
-        waves = [angles.sin(), angles.cos()]                   # to learn thin curves
+        angles = scaled @ self.directions                      # (B, num_waves)
+        waves = [angles.sin(), angles.cos()]                   # with them thin curves are easier
         features = [scaled, *waves, self.embedding(log_sigma)]
         answer = self.net(torch.cat(features, dim=1))          # (B, 2)
         # The first guess is the score of one Gaussian as wide as the noisy data. If its mean is 0,
         #     target - first_guess = -eps/sigma + (x_clean + sigma eps) / total^2
         #                          = x_clean / total^2 - eps sigma_data^2 / (sigma total^2).
-        # The two terms are independent, and their variances add up to unit^2:
+        # The two terms are independent. Their variances, in each coordinate, add up to
+        #     sigma_data^2/total^4 + sigma_data^4/(sigma^2 total^4) = sigma_data^2/(sigma total)^2,
+        # and the unit is the root of this. (This is called preconditioning; theory.md 7.1.)
         first_guess = -scaled / total
         unit = self.sigma_data / (sigma * total)
         return first_guess + unit * answer
@@ -319,8 +323,9 @@ optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
 # The learning rate rises for 15 % of the steps, then falls to 0: so it can be high without harm.
 # (This also moves Adam's first beta the other way.)
 scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
-# The weights that will be used are a mean over about the last 100 steps, which is less noisy. The
-# mean begins at half time, so that after a short run, too, nothing in it is from the start.
+# The weights that will be used are a mean over about the last 100 steps, which is less noisy. It
+# begins at half time, with the weights as they are then: so nothing in it is from the start, after
+# a short run either.
 ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
 
 errors_before = score_errors(model)
@@ -347,7 +352,7 @@ for step in bar:
     losses.append(loss.item())
     if not math.isfinite(losses[-1]):
         sys.exit(f"the loss is {losses[-1]} at step {step}: try a --lr below {args.lr:g}")
-    if step % interval == 0:                             # of the weights now, not of their mean
+    if step % interval == 0:                             # error of the weights, not of their mean
         recent_loss = np.mean(losses[-interval:])
         error = np.mean(score_errors(model))
         bar.write(f"step {step:5d}   loss {recent_loss:.4g} (its floor {floor_of_loss:.4g})   "
@@ -379,11 +384,11 @@ def denoise(score, x, sigma):
 
 
 def ancestral_step(score, x, sigma, sigma_next, ddim=False):
-    """One step down: x_clean + sigma_next (keep eps + sqrt(1 - keep^2) z), with both guessed."""
+    """x_clean + sigma_next (keep eps + sqrt(1 - keep^2) z), with x_clean and eps guessed from x."""
     x_clean = denoise(score, x, sigma)
     eps = (x - x_clean) / sigma                          # a guess of the noise in x
     if ddim:
-        keep = 1.0                                       # DDIM puts this very noise back
+        keep = 1.0                                       # DDIM puts this very noise back, no new
     else:
         # DDPM renews a part. On the way up, x would have had the noise sigma_next eps', and then
         # got more on top, up to sigma eps. The correlation of eps' and eps is sigma_next / sigma.
@@ -481,13 +486,13 @@ def start_points(n):
 
 
 # Noise that is left over from the level above shrinks by |1 - kappa|^K in K Langevin steps. If
-# sigma itself shrinks faster than that, the rest grows from level to level (theory.md 8.4).
+# sigma itself shrinks faster, the rest grows in units of sigma, level by level (theory.md 8.4).
 if abs(1 - args.kappa) ** args.K * largest_ratio >= 1:
     print("warning: annealed Langevin (ald) cannot keep up with these levels; raise --K or --T, "
           "or bring --kappa nearer to 1")
 
 levels = sampling_levels(args.sampler)
-n_sets = 8                                               # the distance of one set is all too random
+n_sets = 8                                               # one set says little about a distance
 sample_sets = []
 for _ in tqdm(range(n_sets), desc="sampling"):
     path = run_sampler(args.sampler, score, start_points(args.n_samples), levels)
@@ -537,7 +542,9 @@ fresh = [sorted_projections(sample_data(args.n_samples)) for _ in range(n_sets)]
 perfect = [sorted_projections(sample_data(args.n_samples)) for _ in range(n_sets)]
 sw2 = mean_sw2(generated, fresh)
 sw2_floor = mean_sw2(perfect, fresh)                     # what a perfect sampler would get
-print(f"\nSW2 of samples to fresh data: {sw2:.4f}. Its floor, fresh data to fresh data: "
+# Were the samples fresh data, too, the ratio would still vary by about 0.1 from run to run.
+print(f"\nSW2 of samples to fresh data, mean of {n_sets} x {n_sets} pairs of sets: {sw2:.4f}. "
+      f"Its floor, fresh to fresh data: "
       f"{sw2_floor:.4f}.\nTheir ratio: {sw2 / sw2_floor:.2f} (as good as data: 0.8 to 1.2)")
 
 summary = {"data": args.data, "seed": args.seed, "steps": args.steps, "w_mode": args.w_mode,
@@ -656,7 +663,7 @@ fig.savefig(os.path.join(args.outdir, "training.png"))
 
 # %% Extra: which sampler?
 # All five on the same network. Their cost is the number of calls of the network. This is the SW2 of
-# one set of samples, and uncertain by a fifth.
+# one set of samples, and uncertain by a quarter.
 calls = {
     "ancestral": args.T,
     "ddim": args.T,
@@ -743,7 +750,7 @@ def ddpm_sampling(eps_model, x, alphas, sigmas, ddim=False):
     path = [x]
     for alpha, sigma, alpha_next, sigma_next in zip(alphas, sigmas, alphas[1:], sigmas[1:]):
         eps = eps_model(x, alpha, sigma)
-        z = torch.randn_like(x)
+        z = torch.randn_like(x)                          # drawn by both, as in ancestral_step
         if ddim:
             x0 = (x - sigma * eps) / alpha
             x = alpha_next * x0 + sigma_next * eps
@@ -767,7 +774,7 @@ def score64(x, sigma):
 
 
 def eps64(x, alpha, sigma):
-    """The network as a DDPM's. Dividing x by alpha divides the score of x_t by alpha, too."""
+    """The network as a DDPM's: the score of x_t at x is our score at x / alpha, over alpha."""
     score_t = score64(x / alpha, sigma / alpha) / alpha
     return convert(score_t, x, alpha, sigma, "score", "eps")
 
