@@ -4,7 +4,7 @@ r"""Denoising score matching in 2-D: learn the score at many noise levels, walk 
     score        s(x, sigma) = grad log q_sigma(x), an arrow towards where the noisy data are denser
     training     minimise the mean of sigma^2/2 |s(x + sigma eps, sigma) + eps/sigma|^2
     sampling     from sigma_max down: guess the clean point x + sigma^2 s, put less noise back
-                 (the default sampler, pc, takes a Langevin step at each level as well)
+                 (the default sampler, pc, then takes a Langevin step at the level below)
 
     python dsm_2d.py                             # two Gaussians; look at out_dsm_2d/generation.png
     python dsm_2d.py --data swiss_roll           # or moons, circles
@@ -243,7 +243,8 @@ class ScoreMLP(nn.Module):
         #                          = x_clean / total^2 - eps sigma_data^2 / (sigma total^2).
         # The two terms are independent. Their variances, in each coordinate, add up to
         #     sigma_data^2/total^4 + sigma_data^4/(sigma^2 total^4) = sigma_data^2/(sigma total)^2,
-        # and the unit is the root of this. (This is called preconditioning; theory.md 7.1.)
+        # and the unit is the root of this: about 1/sigma if sigma is small; less if it is large,
+        # where the guess explains the most. (This is called preconditioning; theory.md 7.1.)
         first_guess = -scaled / total
         unit = self.sigma_data / (sigma * total)
         return first_guess + unit * answer
@@ -279,7 +280,8 @@ def dsm_loss_multi_sigma(model, x, sigmas, w_mode="sigma2"):
 # %% Training
 # The loss hardly falls, since most of it is the spread of the arrows around their mean, which no
 # network can learn. That part is its floor, the loss of the exact score itself (000's losses stay
-# near 480, and 478.6 is their floor). What is learned shows in the relative error of the score,
+# near 480, and 478.6 is their floor; with the weight sigma^2 it lies between 0 and 1). What is
+# learned shows in the relative error of the score,
 # sqrt(E|s - s*|^2 / E|s*|^2) with the learned score s and the exact score s*.
 def loss_floor(sigmas, w_mode):
     """Loss of the exact score, a number; from 500 points a level it is uncertain by 0.5 %.
@@ -368,7 +370,8 @@ torch.save(model.state_dict(), os.path.join(args.outdir, "model.pt"))
 
 # %% Sampling
 # Every sampler takes a score, points x at the first level, and the levels (a list, descending). It
-# returns all states on the way: one for each level and, last, the points at sigma = 0.
+# returns all states on the way: one for each level and, last, the points at sigma = 0. (At the
+# first level that is x itself, but for ald, which walks there, too.)
 @torch.no_grad()
 def score(x, sigma):
     """The learned score of q_sigma; x (B, 2), sigma a number -> (B, 2)."""
@@ -391,7 +394,8 @@ def ancestral_step(score, x, sigma, sigma_next, ddim=False):
         keep = 1.0                                       # DDIM puts this very noise back, no new
     else:
         # DDPM renews a part. On the way up, x would have had the noise sigma_next eps', and then
-        # got more on top, up to sigma eps. The correlation of eps' and eps is sigma_next / sigma.
+        # fresh noise on top: sigma eps = sigma_next eps' + sqrt(sigma^2 - sigma_next^2) z. So the
+        # correlation of eps' and eps is sigma_next / sigma.
         keep = sigma_next / sigma
     eps = keep * eps + math.sqrt(1 - keep**2) * torch.randn_like(x)
     return x_clean + sigma_next * eps
@@ -461,7 +465,7 @@ def predictor_corrector(score, x, sigmas, kappa):
 
 
 def sampling_levels(name):
-    """All T levels; half as many for heun, which calls the network twice a step.  -> a list"""
+    """All T levels; half for heun, so that it costs as many calls as ddim.  -> a list"""
     T = max(2, args.T // 2) if name == "heun" else args.T
     return sigma_schedule(args.schedule, T, sigma_min, sigma_max).tolist()
 
@@ -618,7 +622,7 @@ for column, sigma in enumerate(np.geomspace(viz_sigma, large_sigma, 3)):
 fig.suptitle("Score over the density of the noisy data (long arrows cut at the median length)")
 fig.savefig(os.path.join(args.outdir, "quiver.png"))
 
-# One denoising step of the right size, and one with the size that 000 uses.
+# One denoising step, by default of the right size, sigma^2, and one of the size that 000 uses.
 fig, axs = plt.subplots(1, 3, figsize=(10, 4.1))
 eta = viz_sigma**2 if args.eta is None else args.eta
 x_clean = sample_data(1500)
