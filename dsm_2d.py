@@ -256,7 +256,7 @@ class ScoreMLP(nn.Module):
 # noisy point, each with its own arrow. The best answer to all of them is their mean, and this mean
 # is the score of the noisy data (theory.md 4.1).
 def level_weight(sigma, w_mode):
-    """lambda(sigma), (B,) -> (B,). Targets have size 1/sigma: sigma^2 makes all of them count."""
+    """lambda(sigma) of a number or (B,). Targets have size 1/sigma; sigma^2 makes up for that."""
     power = {"none": 0, "sigma": 1, "sigma2": 2, "inv_sigma2": -2}[w_mode]
     return sigma**power
 
@@ -281,8 +281,8 @@ def dsm_loss_multi_sigma(model, x, sigmas, w_mode="sigma2"):
 # The loss hardly falls, since most of it is the spread of the arrows around their mean, which no
 # network can learn. That part is its floor, the loss of the exact score itself (000's losses stay
 # near 480, and 478.6 is their floor; with the weight sigma^2 it lies between 0 and 1). What is
-# learned shows in the relative error of the score,
-# sqrt(E|s - s*|^2 / E|s*|^2) with the learned score s and the exact score s*.
+# learned shows in the relative error of the score, sqrt(E|s - s*|^2 / E|s*|^2) with the learned
+# score s and the exact score s*.
 def loss_floor(sigmas, w_mode):
     """Loss of the exact score, a number; from 500 points a level it is uncertain by 0.5 %.
 
@@ -354,7 +354,8 @@ for step in bar:
     losses.append(loss.item())
     if not math.isfinite(losses[-1]):
         sys.exit(f"the loss is {losses[-1]} at step {step}: try a --lr below {args.lr:g}")
-    if step % interval == 0:                             # error of the weights, not of their mean
+    if step % interval == 0:
+        # This is the error of the current weights; the averaged ones are measured in the Check.
         recent_loss = np.mean(losses[-interval:])
         error = np.mean(score_errors(model))
         bar.write(f"step {step:5d}   loss {recent_loss:.4g} (its floor {floor_of_loss:.4g})   "
@@ -450,7 +451,7 @@ def annealed_langevin_dynamics(score, x, sigmas, K, kappa):
 
 
 def predictor_corrector(score, x, sigmas, kappa):
-    """At each level a step down by DDPM's rule, then a Langevin step there.
+    """To each lower level a step by DDPM's rule, then a Langevin step there.
 
     The first puts the mean of the possible clean points in the place of one of them, and so loses
     a little of the spread. The second adds a little too much; kappa = 0.4 was chosen by trial.
