@@ -1,4 +1,4 @@
-r"""Denoising score matching in 2-D: learn the score at many noise levels, walk from noise to data.
+"""Denoising score matching in 2-D: learn the score at many noise levels, walk from noise to data.
 
     noisy data   q_sigma, the density of x + sigma eps, where x is a data point and eps ~ N(0, I)
     score        s(x, sigma) = grad log q_sigma(x), an arrow towards where the noisy data are denser
@@ -15,9 +15,9 @@ against it. The default run takes 20 s on one core (Python 3.11, torch 2.13.0). 
 
     data=gmm2 seed=0 ... score_err=0.1443 SW2=0.0555 floor=0.0545 ...
 
-score_err is the relative error of the learned score: 0 is exact, 1 no better than s = 0. SW2 is the
-distance of the samples to fresh data. Its floor is the distance of fresh data to other fresh data;
-samples that are as good as data have an SW2 of 0.8 to 1.2 floors.
+score_err is the relative error of the learned score, a mean over noise levels: 0 is exact, 1 no
+better than s = 0. SW2 is the distance of the samples to fresh data. Its floor is the distance of
+fresh data to other fresh data; samples that are as good as data have an SW2 of 0.8 to 1.2 floors.
 
 Read beside: notes 000; 003 sections 4.2.2, 4.3.1, 4.3.3, exercises 4.2 to 4.4; 002 part 2;
 theory.md sections 1, 4, 7 and 8.
@@ -77,7 +77,7 @@ parser.add_argument("--n_samples", type=number(int, 2, 10**6), default=5000,
                     help="points to generate")
 parser.add_argument("--K", type=number(int, 1, 10**5), default=5, help="steps a level (ald)")
 parser.add_argument("--kappa", type=number(float, 1e-4, 1.9999), default=0.4,
-                    help="Langevin step / 2 sigma^2 (ald, pc); from 2 on it diverges")
+                    help="Langevin step in units of 2 sigma^2 (ald, pc), below 2")
 parser.add_argument("--viz_sigma", type=number(float, 1e-4, 1e4),
                     help="level of the denoising picture (None: 10 sigma_min)")
 parser.add_argument("--eta", type=number(float, 0, 1e4),
@@ -94,7 +94,8 @@ torch.set_num_threads(1)                            # a second core is no help t
 
 
 # %% Data
-# All data are mixtures of equally likely Gaussians: two large ones, or 600 small ones on a curve.
+# All data are mixtures of equally likely Gaussians: two large ones, or 600 small ones on a curve,
+# nearer to each other than they are wide, so that no gap shows.
 # Noise makes each of them wider and does nothing else, so the score of noisy data is known exactly.
 if args.data == "gmm2":
     centres = torch.tensor([[0.0, 0.0], [3.0, 3.0]])                  # (M, 2)
@@ -171,6 +172,7 @@ else:
 sigma_min = args.sigma_min or default_min
 sigma_max = args.sigma_max or default_max
 viz_sigma = args.viz_sigma or min(10 * sigma_min, sigma_max)
+eta = viz_sigma**2 if args.eta is None else args.eta     # of the denoising picture
 
 if sigma_min >= 0.99 * sigma_max:
     parser.error(f"argument --sigma_min: {sigma_min:g} is not below sigma_max = {sigma_max:g}")
@@ -235,7 +237,7 @@ class ScoreMLP(nn.Module):
         total = (sigma**2 + self.sigma_data**2).sqrt()         # spread of the noisy data
         scaled = (x - self.mean) / total                       # (B, 2), of size 1 at every level
         angles = scaled @ self.directions                      # (B, num_waves)
-        waves = [angles.sin(), angles.cos()]                   # with them thin curves are easier
+        waves = [angles.sin(), angles.cos()]                   # for sharp bends in the score
         features = [scaled, *waves, self.embedding(log_sigma)]
         answer = self.net(torch.cat(features, dim=1))          # (B, 2)
         # The first guess is the score of one Gaussian as wide as the noisy data. If its mean is 0,
@@ -251,8 +253,8 @@ class ScoreMLP(nn.Module):
 
 
 # %% Loss
-# Add noise to a data point. The target is the arrow from the noisy point back to the clean one, in
-# units of sigma^2: (x - x_noisy) / sigma^2 = -eps / sigma. Many clean points can lie behind one
+# Add noise to a data point. The target is the arrow from the noisy point back to the clean one,
+# divided by sigma^2: (x - x_noisy) / sigma^2 = -eps / sigma. Many clean points can lie behind one
 # noisy point, each with its own arrow. The best answer to all of them is their mean, and this mean
 # is the score of the noisy data (theory.md 4.1).
 def level_weight(sigma, w_mode):
@@ -392,13 +394,14 @@ def ancestral_step(score, x, sigma, sigma_next, ddim=False):
     x_clean = denoise(score, x, sigma)
     eps = (x - x_clean) / sigma                          # a guess of the noise in x
     if ddim:
-        keep = 1.0                                       # DDIM puts this very noise back, no new
+        keep = 1.0                                       # DDIM puts the same noise back
     else:
         # DDPM renews a part. On the way up, x would have had the noise sigma_next eps', and then
         # fresh noise on top: sigma eps = sigma_next eps' + sqrt(sigma^2 - sigma_next^2) z. So the
         # correlation of eps' and eps is sigma_next / sigma.
         keep = sigma_next / sigma
-    eps = keep * eps + math.sqrt(1 - keep**2) * torch.randn_like(x)
+    z = torch.randn_like(x)                              # times 0 in DDIM
+    eps = keep * eps + math.sqrt(1 - keep**2) * z
     return x_clean + sigma_next * eps
 
 
@@ -433,7 +436,8 @@ def langevin_step(score, x, sigma, kappa):
     """x + eta/2 s + sqrt(eta) z with eta = 2 kappa sigma^2, the same kappa at every level.
 
     A walk within one level: it draws points towards the density q_sigma and keeps them near it. The
-    smaller kappa, the nearer and the slower; from 2 on it diverges (theory.md 8.4).
+    smaller kappa, the nearer and the slower; from 2 on it diverges (theory.md 8.4). This eta is the
+    notes' Langevin step; --eta, of the denoising picture, is the step of 000.
     """
     noise = math.sqrt(2 * kappa) * sigma * torch.randn_like(x)
     return x + kappa * sigma**2 * score(x, sigma) + noise
@@ -496,7 +500,7 @@ if abs(1 - args.kappa) ** args.K * largest_ratio >= 1:
     print("warning: annealed Langevin (ald) cannot keep up with these levels; raise --K or --T, "
           "or bring --kappa nearer to 1")
 
-levels = sampling_levels(args.sampler)
+levels = sampling_levels(args.sampler)                   # sigmas again, or half as many for heun
 n_sets = 8                                               # one set says little about a distance
 sample_sets = []
 for _ in tqdm(range(n_sets), desc="sampling"):
@@ -556,7 +560,8 @@ summary = {"data": args.data, "seed": args.seed, "steps": args.steps, "w_mode": 
            "schedule": args.schedule, "T": args.T, "sampler": args.sampler,
            "score_err": round(float(score_err), 4), "SW2": round(float(sw2), 4),
            "floor": round(float(sw2_floor), 4), "train_s": round(train_s, 1)}
-settings = vars(args) | {"sigma_min": sigma_min, "sigma_max": sigma_max, "viz_sigma": viz_sigma}
+settings = vars(args) | {"sigma_min": sigma_min, "sigma_max": sigma_max}
+settings |= {"viz_sigma": viz_sigma, "eta": eta}         # what None stood for
 with open(os.path.join(args.outdir, "summary.json"), "w") as file:
     json.dump({"settings": settings, "figures": summary}, file, indent=1)
 
@@ -625,7 +630,6 @@ fig.savefig(os.path.join(args.outdir, "quiver.png"))
 
 # One denoising step, by default of the right size, sigma^2, and one of the size that 000 uses.
 fig, axs = plt.subplots(1, 3, figsize=(10, 4.1))
-eta = viz_sigma**2 if args.eta is None else args.eta
 x_clean = sample_data(1500)
 x_noisy = x_clean + viz_sigma * torch.randn(1500, 2)
 names = ["noisy", "one step", "000's step"]
@@ -755,7 +759,7 @@ def ddpm_sampling(eps_model, x, alphas, sigmas, ddim=False):
     path = [x]
     for alpha, sigma, alpha_next, sigma_next in zip(alphas, sigmas, alphas[1:], sigmas[1:]):
         eps = eps_model(x, alpha, sigma)
-        z = torch.randn_like(x)                          # drawn by both, as in ancestral_step
+        z = torch.randn_like(x)                          # drawn by DDIM, too, as in ancestral_step
         if ddim:
             x0 = (x - sigma * eps) / alpha
             x = alpha_next * x0 + sigma_next * eps
@@ -801,9 +805,11 @@ def compare_with_ddpm(alphas, vp_sigmas, ddim):
 x_t = torch.tensor([[1.0, 2.0]], dtype=torch.float64)    # one answer of the network, four ways
 eps_t = eps64(x_t, 0.8, 0.6)
 print("\nAt x_t = (1, 2), where alpha_t = 0.8 and sigma_t = 0.6, the network says:")
-for target in ["score", "eps", "x0", "v"]:
-    value = convert(eps_t, x_t, 0.8, 0.6, "eps", target)
-    print(f"{target:5s} = ({value[0, 0]:.3f}, {value[0, 1]:.3f})")
+for name in ["score", "eps", "x0", "v"]:
+    value = convert(eps_t, x_t, 0.8, 0.6, "eps", name)
+    back = convert(value, x_t, 0.8, 0.6, name, "eps")
+    print(f"{name:5s} = ({value[0, 0]:.3f}, {value[0, 1]:.3f}), "
+          f"from which eps = ({back[0, 0]:.3f}, {back[0, 1]:.3f})")
 
 alphas, vp_sigmas = vp_schedule(sigma_min, sigma_max)
 if alphas:
