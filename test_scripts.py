@@ -10,7 +10,9 @@ A test is called test_<script>_..., test_theory_... or, with the script as its p
 test_all_...: -k dsm_2d runs the tests of that script. REWRITTEN names the scripts in the shape
 lesson first, extras behind; the others still have the older one.
 """
+import contextlib
 import gzip
+import io
 import json
 import math
 import os
@@ -49,7 +51,7 @@ TINY = {   # settings with which a script takes seconds
 }
 OUTPUT = {   # shape of samples.npy and the pictures
     "dsm_2d": ((64, 2), ["denoise_scatter.png", "generation.png", "quiver.png", "samplers.png", "training.png"]),
-    "dsm_homework": ((200, 2), ["curves.png", "fields.png", "grid.png", "sigma_row.png", "trajectories.png"]),
+    "dsm_homework": ((200, 2), ["fields.png", "grid.png", "sigma_row.png", "trajectories.png"]),
     "implicit_sm": ((64, 2), ["geometry.png", "kernels.png", "training.png"]),
     "ncsn_mnist": ((25, 1, 8, 8), ["annealing.png", "interpolation.png", "neighbours.png", "samplers.png", "samples.png", "training.png"]),
     "sliced_sm": ((64, 2), ["fields.png", "measures.png", "training.png"]),
@@ -59,8 +61,10 @@ BAD = {   # settings to be refused in a message with the first flag and its valu
                "--sigma_min 4 --sigma_max 3", "--sigma_max inf", "--steps 0", "--batch 0", "--batch 301", "--lr 0", "--lr nan", "--K 0",
                "--kappa 0", "--kappa 2", "--kappa nan", "--viz_sigma 0.005", "--viz_sigma 1000", "--eta -1", "--n_samples 1", "--seed -1",
                "--data cubes", "--schedule steep", "--w_mode heavy", "--sampler magic", "--hidden 0", "--layers 0", "--eta nan"],
-    "dsm_homework": ["--n 9", "--sigma 0", "--sigma -1", "--sigma nan", "--epochs 0", "--batch 81", "--lr 0", "--num_steps 0", "--eta 0", "--eta -1",
-                     "--eta nan", "--eta 0.08", "--eta 5 --sigma 1", "--n_samples 1", "--seed -1", "--device abacus", "--device cuda"],
+    "dsm_homework": ["--n 9", "--sigma 0", "--sigma -1", "--sigma nan", "--epochs 0", "--batch 81",
+                     "--lr 0", "--num_steps 0", "--eta 0", "--eta -1", "--eta nan", "--eta 0.08",
+                     "--eta 5 --sigma 1", "--n_samples 1", "--seed -1", "--hidden 0",
+                     "--layers 0", "--n many"],
     "implicit_sm": ["--n 1", "--n many", "--n_few 1", "--n_few 301", "--n_hutchinson 0", "--n_hutchinson 1.5", "--sigma 0", "--sigma 2",
                     "--sigma nan", "--hidden 0", "--layers 0", "--steps 0", "--batch 0", "--batch 301", "--lr 0", "--lr nan", "--K 0",
                     "--eta 0", "--eta 4", "--eta nan", "--n_samples 1", "--seed -1", "--activation step", "--device abacus", "--device cuda"],
@@ -72,8 +76,8 @@ BAD = {   # settings to be refused in a message with the first flag and its valu
     "--seed -1", "--data circle", "--loss sliced", "--slices cube", "--device abacus", "--device cuda"],
 }
 ONE_DENSITY = ["implicit_sm", "sliced_sm"]   # scripts whose scores take no sigma
-REWRITTEN = ["dsm_2d"]
-OLDER = ["dsm_homework", "implicit_sm", "ncsn_mnist", "sliced_sm"]
+REWRITTEN = ["dsm_2d", "dsm_homework"]
+OLDER = ["implicit_sm", "ncsn_mnist", "sliced_sm"]
 IMAGES = ["ncsn_mnist"]   # scripts on a fixed set of images: no exact score, grey pictures, a checkpoint beside the other files
 scratch = tempfile.TemporaryDirectory()
 
@@ -967,15 +971,33 @@ def test_dsm_2d_7_5_network_is_a_ddpm(dsm_2d):
 # %% dsm_homework.py: note 001 task 2
 @pytest.fixture(scope="session")
 def dsm_homework():
-    return run("dsm_homework")
+    """The whole script, run with tiny settings; `printed` is its output."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        script = run("dsm_homework", until=None)
+    script.printed = output.getvalue()
+    return script
+
+
+@pytest.fixture(scope="session")
+def matcher_class():
+    """The class's text alone, with the imports of the homework's notebook."""
+    text = cells("dsm_homework").partition("\nclass DenoisingScoreMatcher")[2]
+    text = "class DenoisingScoreMatcher" + text.partition("\n\n\n")[0]
+    imports = ("import math\nimport matplotlib.pyplot as plt\nimport numpy as np\nimport torch\n"
+               "import torch.nn as nn\nimport torch.nn.functional as F\n"
+               "import torch.utils.data as data\nfrom typing import List, Tuple\n")
+    names = {}
+    exec(imports + text, names)
+    return names["DenoisingScoreMatcher"]
 
 
 def moons(sigma):
-    """400 points of the two moons with noise 0.1, convolved with N(0, sigma^2 I), as a torch distribution."""
+    """The two moons with noise 0.1, convolved with N(0, sigma^2 I), as a torch distribution."""
     angle = torch.linspace(0, math.pi, 200, dtype=torch.float64)
     upper = torch.stack([angle.cos(), angle.sin()], 1)
     centres = torch.cat([upper, torch.tensor([1, 0.5]).double() - upper])
-    return MixtureSameFamily(Categorical(torch.ones(400).double()), MultivariateNormal(centres, (0.01 + sigma**2) * torch.eye(2).double()))
+    noisy = MultivariateNormal(centres, (0.01 + sigma**2) * torch.eye(2).double())
+    return MixtureSameFamily(Categorical(torch.ones(400).double()), noisy)
 
 
 def moons_score(x, sigma):
@@ -983,208 +1005,422 @@ def moons_score(x, sigma):
     return torch.autograd.grad(moons(sigma).log_prob(x).sum(), x)[0]
 
 
-def test_homework_contract(dsm_homework):
-    """What the homework asserts of its class: shapes of forward, loss and sample, for any score model and input shape."""
-    for model, shape in ((torch.nn.Linear(2, 2), (2,)), (torch.nn.Conv2d(1, 1, 3, padding=1), (1, 4, 4))):
-        matcher = dsm_homework.DenoisingScoreMatcher(score_model=model, input_shape=shape, sigma=0.1)
-        x = torch.rand(16, *shape)
-        assert matcher(x).shape == x.shape and matcher.loss(x)["total_loss"].shape == ()
-        assert matcher.sample(4).shape == (4, *shape) and not matcher.sample(4).requires_grad
-        assert matcher.device == torch.device("cpu") and torch.equal(matcher.state_dict()["sigma"], torch.tensor(0.1))
-    with pytest.raises(ValueError, match="sigma"):
-        dsm_homework.DenoisingScoreMatcher(torch.nn.Linear(2, 2), (2,), 0.0)
+@pytest.mark.parametrize("network, shape", [(torch.nn.Linear(2, 2), (2,)),
+                                            (torch.nn.Conv2d(1, 1, 3, padding=1), (1, 4, 4))])
+def test_dsm_homework_class_stands_alone(matcher_class, network, shape):
+    """What the homework asserts, with the class's text alone."""
+    matcher = matcher_class(score_model=network, input_shape=shape, sigma=0.1)
+    x = torch.rand(16, *shape)
+    assert matcher(x).size() == x.size()
+    assert matcher.loss(x)["total_loss"].size() == ()
+    samples = matcher.sample(4)
+    assert samples.size() == (4, *shape) and not samples.requires_grad
+    assert matcher.device == torch.device("cpu")
+    assert torch.equal(matcher.state_dict()["sigma"], torch.tensor(0.1))
 
 
-def test_homework_training_helper(dsm_homework):
-    """A generic helper that only knows loss(batch)["total_loss"], parameters() and sample(n) trains the class."""
-    matcher = dsm_homework.DenoisingScoreMatcher(torch.nn.Linear(2, 2), (2,), 1.0)
-    optimizer, x = torch.optim.SGD(matcher.parameters(), 0.05), normal(2000, 2).float()
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan])
+def test_dsm_homework_class_refuses_sigma(matcher_class, sigma):
+    with pytest.raises(ValueError, match="not positive"):
+        matcher_class(torch.nn.Linear(2, 2), (2,), sigma)
+
+
+def test_dsm_homework_training_helper(matcher_class):
+    """A helper that only knows loss(batch)["total_loss"] and sample(n) trains the class.
+
+    N(0, I) with noise of sigma 1 has the score -x/2.
+    """
+    matcher = matcher_class(torch.nn.Linear(2, 2), (2,), 1.0)
+    optimizer = torch.optim.SGD(matcher.parameters(), 0.05)
+    x = normal(2000, 2).float()
     for _ in range(300):
         optimizer.zero_grad()
         matcher.loss(x)["total_loss"].backward()
         optimizer.step()
-    close(matcher.score_model.weight.detach(), -torch.eye(2) / 2, rtol=0, atol=0.08)   # N(0, I) noised with sigma 1: s = -x/2
+    close(matcher.score_model.weight.detach(), -torch.eye(2) / 2, rtol=0, atol=0.08)
     assert matcher.sample(7).shape == (7, 2)
 
 
 @pytest.mark.parametrize("sigma, d", [(0.1, 2), (0.5, 3)])
-def test_homework_loss_on_a_quadratic(dsm_homework, sigma, d):
-    """s = -a x on N(0, I): E||s + eps/sigma||^2 = d (a^2 (1 + sigma^2) - 2 a + 1/sigma^2), whose gradient in a changes sign at 1/(1 + sigma^2)."""
-    x = normal(40000, d, seed=1)   # seed 0 would repeat the loss's own noise
-    for a in (0.3, 1 / (1 + sigma**2), 2.0):
-        slope = torch.tensor(a, dtype=torch.float64, requires_grad=True)
-        matcher = dsm_homework.DenoisingScoreMatcher(lambda x: -slope * x, (d,), sigma).double()
-        loss = matcher(x).sum(1)
-        within(loss.detach(), d * (a**2 * (1 + sigma**2) - 2 * a + 1 / sigma**2))
-        gradient = torch.autograd.grad(matcher.loss(x)["total_loss"], slope)[0].item()
-        assert gradient == pytest.approx(2 * d * (a * (1 + sigma**2) - 1), abs=0.15 / sigma)
-    close(matcher.loss(x, generator(1))["total_loss"].detach(), matcher(x, generator(1)).sum(1).mean().detach())
+@pytest.mark.parametrize("a", [0.3, 0.8, 2.0])
+def test_dsm_homework_loss_on_a_quadratic(matcher_class, sigma, d, a):
+    """s = -a x on N(0, I): E|s + eps/sigma|^2 = d (a^2 (1 + sigma^2) - 2 a + 1/sigma^2)."""
+    slope = torch.tensor(a, dtype=torch.float64, requires_grad=True)
+
+    def score_model(x):
+        return -slope * x
+
+    matcher = matcher_class(score_model, (d,), sigma).double()
+    x = normal(40000, d, seed=1)
+    within(matcher(x).sum(1).detach(), d * (a**2 * (1 + sigma**2) - 2 * a + 1 / sigma**2))
+    gradient = torch.autograd.grad(matcher.loss(x)["total_loss"], slope)[0].item()
+    assert gradient == pytest.approx(2 * d * (a * (1 + sigma**2) - 1), abs=0.15 / sigma)
+    torch.manual_seed(1)
+    loss = matcher.loss(x)["total_loss"].item()
+    torch.manual_seed(1)
+    assert loss == pytest.approx(matcher(x).sum(1).mean().item())
 
 
-def test_homework_data(dsm_homework):
+def test_dsm_homework_data(dsm_homework):
     """80 % of make_moons(noise=0.1) train and 20 % test, float32, with their labels."""
-    train, train_labels, test, test_labels = dsm_homework.generate_moons_data(2000, 3)
-    assert train.shape == (1600, 2) and test.shape == (400, 2) and train.dtype == np.float32
-    x, label = torch.tensor(np.concatenate([train, test])).double(), np.concatenate([train_labels, test_labels])
-    centres = moons(0.0).component_distribution.mean
-    distance = torch.cdist(x, centres)
+    arrays = dsm_homework.generate_moons_data(2000)
+    assert [len(array) for array in arrays] == [1600, 1600, 400, 400]
+    assert arrays[0].dtype == np.float32
+    x = torch.tensor(np.concatenate([arrays[0], arrays[2]])).double()
+    label = np.concatenate([arrays[1], arrays[3]])
+    distance = torch.cdist(x, moons(0.0).component_distribution.mean)
     assert distance.amin(1).square().mean().sqrt().item() == pytest.approx(0.1, rel=0.06)
     assert ((distance.argmin(1) >= 200).numpy() == (label == 1)).mean() > 0.99
-    assert (dsm_homework.generate_moons_data(2000, 3)[0] == train).all()
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 1.0])
-def test_homework_exact_density(dsm_homework, sigma):
-    """log q, score and Laplacian of the noised moons agree with torch.distributions, autograd and finite differences; far away, too."""
-    x, h = torch.cat([moons(sigma).sample((50,)), 20 * normal(10, 2)]), 1e-4
-    log_q, s, laplacian = dsm_homework.exact_density(x, sigma)
-    close(log_q, moons(sigma).log_prob(x), rtol=1e-7, atol=1e-8)
-    close(s, moons_score(x, sigma), rtol=1e-7, atol=1e-6)
-    step = h * torch.eye(2).double()
-    difference = sum((moons_score(x + e, sigma) - moons_score(x - e, sigma))[:, i] / (2 * h) for i, e in enumerate(step))
-    close(laplacian, difference, rtol=1e-4, atol=1e-3)
+def test_dsm_homework_exact_score_is_the_gradient_of_the_density(dsm_homework, sigma):
+    x = torch.cat([moons(sigma).sample((50,)), 20 * normal(10, 2)])
+    s = moons_score(x, sigma).float()
+    torch.testing.assert_close(dsm_homework.exact_score(x.float(), sigma), s, rtol=2e-3, atol=5e-3)
 
 
-def test_homework_sample_data(dsm_homework):
-    """Draws have the moments of the law."""
-    x, law_ = dsm_homework.sample_data(20000, generator(1)).double(), moons(0.0)
-    within(x, law_.mean, se=5)
-    assert x.var(0).numpy() == pytest.approx(law_.variance.numpy(), rel=0.05)
+def test_dsm_homework_sample_data(dsm_homework):
+    """Draws have the moments of the law, and are independent: one side's share is a coin's."""
+    x = dsm_homework.sample_data(20000).double()
+    within(x, moons(0.0).mean, se=5)
+    assert x.var(0).numpy() == pytest.approx(moons(0.0).variance.numpy(), rel=0.05)
+    draws = torch.stack([dsm_homework.sample_data(100) for _ in range(400)])
+    side = (draws[:, :, 0] > draws[:, :, 0].median()).double()
+    assert side.sum(1).var().item() == pytest.approx(25, rel=4 * math.sqrt(2 / 400))
 
 
-def test_homework_floor_and_error(dsm_homework):
-    """The floor of the loss is that of the exact score, and the printed error and excess are those of the learned one."""
-    x, eps = moons(0.0).sample((8000,)), normal(8000, 2)
-    x_noisy = x + 0.1 * eps
-    loss = (moons_score(x_noisy, 0.1) + eps / 0.1).square().sum(1)
-    assert dsm_homework.floor == pytest.approx(loss.mean().item(), rel=0.04)
-    error = (dsm_homework.score(x_noisy.float()) - moons_score(x_noisy, 0.1)).square().sum(1).mean().item()
-    assert dsm_homework.history[-1][3] == pytest.approx(error, rel=0.1)
-    size = moons_score(x_noisy, 0.1).square().sum(1).mean().item()
-    assert dsm_homework.score_err == pytest.approx(math.sqrt(error / size), rel=0.1)
+@pytest.mark.parametrize("sigma", [0.1, 1.0])
+def test_dsm_homework_4_3_floor_is_the_loss_of_the_exact_score(dsm_homework, sigma):
+    x, eps = moons(0.0).sample((20000,)), normal(20000, 2, seed=5)
+    loss = (moons_score(x + sigma * eps, sigma) + eps / sigma).square().sum(1).mean().item()
+    assert dsm_homework.loss_floor(sigma) == pytest.approx(loss, rel=0.03)
+    assert dsm_homework.floor_of_loss == pytest.approx(dsm_homework.loss_floor(0.1), rel=0.02)
 
 
-def test_homework_score_knows_one_sigma(dsm_homework):
-    """score refuses a noise level that the network was not trained at."""
-    with pytest.raises(ValueError, match="0.1 only"):
-        dsm_homework.score(dsm_homework.x_data, 0.2)
+@pytest.mark.parametrize("factor, error", [(1, 0), (0, 1), (1.3, 0.3)])
+def test_dsm_homework_relative_error(dsm_homework, factor, error):
+    def score_model(x):
+        return factor * moons_score(x, 0.2).float()
+
+    x = moons(0.2).sample((200,)).float()
+    with torch.enable_grad():
+        measured = dsm_homework.relative_error.__wrapped__(score_model, x, 0.2)
+    assert measured == pytest.approx(error, abs=1e-3)
 
 
-def test_homework_learns(dsm_homework):
-    """A short run gets the score to 30 % under q_sigma (s = 0 has 100 %)."""
-    script = run("dsm_homework", "--n 2000 --batch 400 --epochs 80 --sigma 0.3", until="Checks")
+def test_dsm_homework_network(dsm_homework):
+    """layers hidden layers of width hidden, and as many activations."""
+    layers = list(dsm_homework.make_score_model())
+    linear = [tuple(layer.weight.shape) for layer in layers[::2]]
+    assert linear == [(48, 2), (48, 48), (48, 48), (48, 48), (2, 48)]
+    assert [type(layer) for layer in layers[1::2]] == 4 * [torch.nn.SiLU]
+
+
+def test_dsm_homework_learns():
+    """A short run gets the score to 30 % under q_sigma (s = 0 has 100 %), and says so."""
+    script = run("dsm_homework", "--n 2000 --batch 400 --epochs 80 --sigma 0.3", until="Sampling")
     x = moons(0.3).sample((4000,))
     s = moons_score(x, 0.3)
-    assert (script.score(x.float()) - s).square().mean().sqrt() < 0.3 * s.square().mean().sqrt()
+    error = ((script.score(x.float()) - s).norm() / s.norm()).item()
+    assert error < 0.3
+    assert script.history["error"][-1] == pytest.approx(error, rel=0.1)
+    assert script.history["epoch"] == [8, 16, 24, 32, 40, 48, 56, 64, 72, 80]
+    for name in ["loss", "test_loss"]:
+        assert script.history[name][-1] == pytest.approx(script.floor_of_loss, rel=0.12)
+    expected = script.loss_floor(0.3) + error**2 * s.square().sum(1).mean().item()
+    assert script.history["test_loss"][-1] == pytest.approx(expected, rel=0.03)
 
 
-# %% dsm_homework.py: Langevin dynamics, theory.md 6
-last = lambda states: [state for state in states][-1]
+def test_dsm_homework_score_knows_one_sigma(dsm_homework):
+    x = dsm_homework.x_data
+    assert torch.equal(dsm_homework.score(x), dsm_homework.model(x))
+    with pytest.raises(ValueError, match="0.1 only"):
+        dsm_homework.score(x, 0.2)
 
 
-@pytest.mark.parametrize("eta", [0.1, 1.0, 1.9, 3.5])
-def test_6_2_langevin_variance(dsm_homework, eta):
-    """On N(0, V) the variance follows its recursion and settles at V/(1 - eta/4V), for the class as for the function."""
-    V, x = 1.3, 3 * normal(20000, 1)
-    expected = [9.0]
-    for _ in range(100):
-        expected.append((1 - eta / (2 * V)) ** 2 * expected[-1] + eta)
-    matcher = dsm_homework.DenoisingScoreMatcher(lambda x: -x / V, (1,), 1.0)
-    for count in (1, 3, 100):
-        for state in (last(dsm_homework.langevin(lambda x: -x / V, x, count, eta, generator(1))), matcher.langevin_dynamics(x, count, eta, generator(1))):
-            assert state.square().mean().item() == pytest.approx(expected[count], rel=0.04)
-    assert expected[-1] == pytest.approx(V / (1 - eta / (4 * V)), rel=0.02)
+def test_dsm_homework_sample_starts_from_the_uniform_law(matcher_class):
+    """Without a score and with a tiny step U[-1, 1] is what comes out."""
+    def score_model(x):
+        return 0 * x
 
-
-def test_6_1_one_step(dsm_homework):
-    """num_steps=1 is x + (eta/2) s + sqrt(eta) z: half the step on the score, the root on the noise."""
-    x, matcher = normal(5, 2), dsm_homework.DenoisingScoreMatcher(lambda x: 7 - x, (2,), 1.0)
-    close(matcher.langevin_dynamics(x, 1, 0.3, generator(2)), x + 0.15 * (7 - x) + math.sqrt(0.3) * normal(5, 2, seed=2))
-    assert matcher.langevin_dynamics(x, 0, 0.3) is x
-
-
-def test_6_4_temperature(dsm_homework):
-    """noise_scale T samples q^(1/T): on N(0, V) the variance is T V/(1 - eta/4V)."""
-    state = last(dsm_homework.langevin(lambda x: -x, normal(20000, 1), 60, 0.5, generator(1), noise_scale=0.3))
-    assert state.square().mean().item() == pytest.approx(0.3 / (1 - 0.125), rel=0.04)
-
-
-def test_6_5_preconditioning(dsm_homework):
-    """Langevin dynamics of y = root^-1 x is x + (eta/2) M s + sqrt(eta) root z with M = root root^T; M = Sigma decouples the directions."""
-    root, x, score = normal(2, 2, seed=4), normal(6, 2), lambda x: torch.sin(3 * x) - x
-    of_y = dsm_homework.whitened(lambda x: (x.sum(1), score(x)), root)
-    y = last(dsm_homework.langevin(lambda y: of_y(y)[1], torch.linalg.solve(root, x.T).T, 1, 0.2, generator(3)))
-    close(y @ root.T, x + 0.1 * score(x) @ (root @ root.T) + math.sqrt(0.2) * normal(6, 2, seed=3) @ root.T)
-    close(of_y(y)[0], (y @ root.T).sum(1))
-    covariance = root @ root.T
-    of_y = dsm_homework.whitened(lambda x: (None, -torch.linalg.solve(covariance, x.T).T), root)
-    close(of_y(y)[1], -y)
-
-
-def test_6_3_mala_is_exact(dsm_homework):
-    """MALA keeps a non-Gaussian density at a step at which Langevin dynamics is far off; every chain is tested for itself."""
-    law_ = MixtureSameFamily(Categorical(torch.tensor([0.3, 0.7]).double()),
-                             MultivariateNormal(torch.tensor([[0.0, 0], [1.5, 0]]).double(), 0.3 * torch.eye(2).double()))
-
-    def log_density(x):
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            log_q = law_.log_prob(x)
-            return log_q.detach(), torch.autograd.grad(log_q.sum(), x)[0]
-    x = law_.sample((20000,))
-    states, accepted = zip(*dsm_homework.mala(log_density, x, 25, 0.6, generator(1)))
-    y = states[-1]
-    within(y, law_.mean)
-    within((y - law_.mean).square(), law_.variance)
-    assert (last(dsm_homework.langevin(lambda x: log_density(x)[1], x, 25, 0.6, generator(1))) - law_.mean).square().mean(0)[1] > 1.5 * 0.3
-    moved = (states[1] != states[0]).any(1)
-    assert torch.equal(moved, accepted[1]) and 0.5 < accepted[1].double().mean() < 0.95
-
-
-def test_6_3_mala_acceptance(dsm_homework):
-    """In d = 100 the acceptance is 2 Phi(-sqrt((eta/V)^3 d)/8), whatever V; the script's figure says the same."""
-    V, eta = 2.5, 1.5
-    density = lambda x: (-x.square().sum(1) / (2 * V), -x / V)
-    accepted = [a.double().mean().item() for _, a in dsm_homework.mala(density, math.sqrt(V) * normal(1000, 100), 30, eta, generator(1))]
-    assert np.mean(accepted) == pytest.approx(math.erfc(math.sqrt((eta / V) ** 3 * 100) / 8 / math.sqrt(2)), abs=0.02)
-    assert dsm_homework.mala_gap < 0.02 and dsm_homework.bias_se < 4
-
-
-def test_6_2_stability_limit(dsm_homework):
-    """Exact score of the moons: far chains come back below eta = 4 (sigma^2 + tau^2) and run away above it. The class refuses neither."""
-    matcher = dsm_homework.DenoisingScoreMatcher(lambda x: dsm_homework.exact_score(x, 0.1), (2,), 0.1)
-    far = 1e4 * normal(20, 2)
-    assert (matcher.langevin_dynamics(far, 100, 0.95 * 0.08, generator()).norm(dim=1) < 1e3).all()
-    assert (matcher.langevin_dynamics(far, 100, 1.05 * 0.08, generator()).norm(dim=1) > 1e6).all()
-
-
-def test_homework_sample_starts_from_the_uniform_law(dsm_homework):
-    """sample begins at U[-1, 1]: without a score and with a tiny step that is what comes out."""
-    matcher = dsm_homework.DenoisingScoreMatcher(lambda x: 0 * x, (2,), 1.0)
-    x = matcher.sample(20000, 1, 1e-12).double()
+    x = matcher_class(score_model, (2,), 1.0).sample(20000, 1, 1e-12).double()
     assert x.min() >= -1.001 and x.max() <= 1.001
     within(x, 0.0)
     within(x.square(), 1 / 3)
 
 
-def test_homework_chains_that_leave(dsm_homework):
-    """A chain has left when it is more than 5 (1 + sigma) away from the middle of the moons, or is not a number; the grid reports it in words."""
-    assert dsm_homework.has_left(torch.tensor([[0.5, 5.7], [0.5, 5.8], [math.nan, 0], [math.inf, 0], [0, 0]])).tolist() == [False, True, True, True, False]
-    for stays, report in dsm_homework.grid.values():
-        ratio = float((re.findall(r"SW2/floor (\S+),", report) or ["inf"])[0])
-        assert torch.isfinite(stays).all() and (len(stays) == dsm_homework.args.n_samples) == math.isfinite(ratio) == ("left" not in report)
+def test_dsm_homework_tweedie(dsm_homework):
+    """With the exact score the step is the mean of x given x_noisy: nothing is left to explain."""
+    x = moons(0.0).sample((4000,))
 
+    def score_model(x):
+        return dsm_homework.exact_score(x, 0.1)
 
-def test_homework_tweedie(dsm_homework):
-    """The Tweedie step x + sigma^2 s with the exact score is the mean of x given x_noisy; shares find the upper moon."""
-    x, eps = moons(0.0).sample((4000,)), normal(4000, 2)
-    matcher = dsm_homework.DenoisingScoreMatcher(lambda x: dsm_homework.exact_score(x, 0.1), (2,), 0.1)
-    mean = dsm_homework.tweedie(matcher, x + 0.1 * eps)
+    matcher = dsm_homework.DenoisingScoreMatcher(score_model, (2,), 0.1)
+    mean = dsm_homework.tweedie(matcher, (x + 0.1 * normal(4000, 2, seed=5)).float())
     residual = x - mean
     within(residual, 0.0)
-    within(residual * mean, 0.0)   # a conditional mean leaves nothing to explain
-    assert dsm_homework.shares(x)[0] == pytest.approx(0.5, abs=0.04)
-    assert dsm_homework.shares(moons(0.0).component_distribution.mean[:200])[0] == 1
+    within(residual * mean, 0.0)
+
+
+def test_dsm_homework_fresh_sets(dsm_homework):
+    """Eight different sets, sorted, with the variance of the noisy data along each direction."""
+    sets = torch.stack(dsm_homework.fresh_sets(0.5))               # (8, 32, 200)
+    assert sets.shape == (8, 32, 200) and (sets.diff(dim=2) >= 0).all()
+    variance = sets[:, [0, 16]].transpose(0, 1).flatten(1).var(1)  # along both axes
+    expected = moons(0.5).variance.numpy()
+    assert variance.numpy() == pytest.approx(expected, rel=0.2)
+    assert (sets[0] != sets[1]).any()
+
+
+def test_dsm_homework_figures(dsm_homework):
+    """SW2, floor and their Tweedie twins are recomputed from the sets."""
+    projected = [dsm_homework.sorted_projections(x) for x in dsm_homework.sample_sets]
+    assert len(projected) == 4 and torch.equal(dsm_homework.samples, dsm_homework.sample_sets[3])
+    sw2 = dsm_homework.mean_sw2(projected, dsm_homework.fresh_sets(0.1))
+    assert dsm_homework.sw2 == pytest.approx(sw2, rel=0.25)
+    floor = dsm_homework.mean_sw2(dsm_homework.fresh_sets(0.1), dsm_homework.fresh_sets(0.1))
+    assert dsm_homework.sw2_floor == pytest.approx(floor, rel=0.4)
+    floor = dsm_homework.mean_sw2(dsm_homework.fresh_sets(0), dsm_homework.fresh_sets(0))
+    assert dsm_homework.clean_floor == pytest.approx(floor, rel=0.4)
+    with torch.no_grad():
+        clean = [x + 0.01 * dsm_homework.model(x) for x in dsm_homework.sample_sets]
+    clean = [dsm_homework.sorted_projections(x) for x in clean]
+    expected = dsm_homework.mean_sw2(clean, dsm_homework.fresh_sets(0))
+    assert dsm_homework.sw2_tweedie == pytest.approx(expected, rel=0.25)
+
+
+def test_dsm_homework_upper_share(dsm_homework):
+    centres = moons(0.0).component_distribution.mean.float()
+    assert dsm_homework.upper_share(centres[:200]) == 1
+    assert dsm_homework.upper_share(centres[100:300]) == 0.5
+
+
+def test_dsm_homework_chains_that_leave(dsm_homework):
+    """A chain has left when it is further out than 6 (1 + sigma), or is not a number."""
+    x = torch.tensor([[0, 6.5], [0, 6.7], [math.nan, 0], [math.inf, 0], [0, 0]])
+    assert dsm_homework.has_left(x).tolist() == [False, True, True, True, False]
+
+
+def test_dsm_homework_run_chains(dsm_homework):
+    """The states at 10, 100 and 1000 steps are those of the class, and who leaves is seen."""
+    x0 = normal(200, 2, seed=3).float()
+    torch.manual_seed(4)
+    states, first_left = dsm_homework.run_chains(x0, 0.01)
+    assert list(states) == [10, 100, 1000]
+    torch.manual_seed(4)
+    assert torch.equal(states[100], dsm_homework.matcher.langevin_dynamics(x0, 100, 0.01))
+    states, first_left = dsm_homework.run_chains(x0, 50.0)
+    assert first_left == 10 and dsm_homework.has_left(states[10]).any()
+
+
+def test_dsm_homework_grid(dsm_homework):
+    """Its step sizes are 1/80, 1/8, 5/8 and 3/2 of the limit 0.08; its words are true."""
+    assert dsm_homework.etas == pytest.approx([0.001, 0.01, 0.05, 0.12])
+    fresh = dsm_homework.fresh_noisy
+    for eta, states in dsm_homework.grid_states.items():
+        for steps, x in states.items():
+            words = dsm_homework.grid_words[eta][steps]
+            if dsm_homework.has_left(x).any():
+                share = 100 * dsm_homework.has_left(x).double().mean().item()
+                assert words == f"{share:.0f} % have left"
+            else:
+                sw2 = dsm_homework.mean_sw2([dsm_homework.sorted_projections(x)], fresh)
+                upper = dsm_homework.upper_share(x)
+                right = (x[:, 0] > 1.1).double().mean().item()
+                ratio = sw2 / dsm_homework.sw2_floor
+                assert words == f"{ratio:.2f}, {upper:.2f}, {right:.2f}"
+    assert dsm_homework.right_share == pytest.approx(0.25, abs=0.02)
+
+
+def test_dsm_homework_one_level(dsm_homework, capsys):
+    """With the exact score and perfect samples of q_0.3 the row says so."""
+    def score_model(x):
+        return dsm_homework.exact_score(x, 0.3)
+
+    matcher = dsm_homework.DenoisingScoreMatcher(score_model, (2,), 0.3)
+    x = moons(0.3).sample((200,)).float()
+    _, axs = plt.subplots(2)
+    dsm_homework.one_level(matcher, 0.123, x, 0.3, axs)
+    plt.close("all")
+    row = [float(word) for word in capsys.readouterr().out.split()]
+    assert row[:3] == [0.3, 0.123, 0.0]
+    assert 0.5 < row[3] < 2
+    fresh, floor = dsm_homework.fresh_clean, dsm_homework.clean_floor
+    for value, points in [(row[4], x), (row[5], x + 0.09 * score_model(x))]:
+        sw2 = dsm_homework.mean_sw2([dsm_homework.sorted_projections(points)], fresh)
+        assert value == pytest.approx(sw2 / floor, abs=0.006)
+    assert row[6] == pytest.approx(dsm_homework.upper_share(x), abs=0.006)
+
+
+def test_dsm_homework_train_and_sample(dsm_homework):
+    """A new network at the new level; half the epochs; steps of an eighth of the limit."""
+    with mock.patch.object(dsm_homework.DenoisingScoreMatcher, "sample",
+                           autospec=True, return_value="samples") as sample:
+        matcher, error, samples = dsm_homework.train_and_sample(0.3)
+    assert matcher.sigma.item() == pytest.approx(0.3) and samples == "samples"
+    assert matcher.score_model is not dsm_homework.model and 0.2 < error < 3
+    assert sample.call_args[0][1:] == (200, 12, pytest.approx(4 * (0.3**2 + 0.1**2) / 8))
+    assert list(dsm_homework.trained) == [0.1, 0.03, 0.3, 1.0]
+
+
+# %% dsm_homework.py: Langevin dynamics, theory.md 6
+@pytest.mark.parametrize("eta", [0.1, 1.0, 1.9, 3.5])
+def test_dsm_homework_6_2_langevin_variance(dsm_homework, matcher_class, eta):
+    """On N(0, V) the variance follows its recursion and settles at V/(1 - eta/4V)."""
+    V = 1.3
+
+    def score(x):
+        return -x / V
+
+    x = 3 * normal(20000, 1, seed=3)
+    expected = [9.0]
+    for _ in range(100):
+        expected.append((1 - eta / (2 * V)) ** 2 * expected[-1] + eta)
+    matcher = matcher_class(score, (1,), 1.0)
+    for count in (1, 3, 100):
+        for state in [dsm_homework.langevin(score, x, count, eta),
+                      matcher.langevin_dynamics(x, count, eta)]:
+            assert state.square().mean().item() == pytest.approx(expected[count], rel=0.04)
+    assert expected[-1] == pytest.approx(V / (1 - eta / (4 * V)), rel=0.02)
+
+
+def test_dsm_homework_6_1_one_step(matcher_class):
+    """x + (eta/2) s + sqrt(eta) z: half the step on the score, the root on the noise."""
+    def score(x):
+        return 7 - x
+
+    x = normal(5, 2)
+    matcher = matcher_class(score, (2,), 1.0)
+    torch.manual_seed(2)
+    state = matcher.langevin_dynamics(x, 1, 0.3)
+    close(state, x + 0.15 * (7 - x) + math.sqrt(0.3) * normal(5, 2, seed=2))
+    assert torch.equal(matcher.langevin_dynamics(x, 0, 0.3), x)
+
+
+def test_dsm_homework_6_2_stability_limit(dsm_homework, matcher_class):
+    """With the exact score of the moons far chains return below 4 (sigma^2 + tau^2), not above."""
+    def score(x):
+        return dsm_homework.exact_score(x, 0.1)
+
+    assert dsm_homework.limit == pytest.approx(0.08)
+    matcher = matcher_class(score, (2,), 0.1)
+    far = 1e4 * normal(20, 2).float()
+    assert (matcher.langevin_dynamics(far, 100, 0.95 * 0.08).norm(dim=1) < 1e3).all()
+    assert (matcher.langevin_dynamics(far, 100, 1.05 * 0.08).norm(dim=1) > 1e6).all()
+
+
+def test_dsm_homework_6_4_temperature(dsm_homework):
+    """Temperature T samples q^(1/T): on N(0, V) the variance is T V/(1 - eta/4V)."""
+    x = dsm_homework.langevin(torch.neg, normal(20000, 1, seed=3), 60, 0.5, temperature=0.3)
+    assert x.square().mean().item() == pytest.approx(0.3 / (1 - 0.125), rel=0.04)
+
+
+def test_dsm_homework_6_5_preconditioning(dsm_homework):
+    """One step adds M s eta/2 and noise of covariance eta M; with M = Sigma no axis is special."""
+    M = torch.tensor([[1.0, 0.5], [0.5, 2.0]]).double()
+
+    def score(x):
+        return torch.sin(3 * x) - x
+
+    x = torch.tensor([[0.4, -0.7]]).double().repeat(40000, 1)
+    step = dsm_homework.preconditioned_langevin(score, x, 1, 0.2, M) - x
+    within(step, 0.1 * M @ score(x[0]))
+    close(torch.cov(step.T), 0.2 * M, rtol=0.05, atol=0.005)
+
+    def gaussian(x):
+        return -x @ M.inverse()
+
+    x = dsm_homework.preconditioned_langevin(gaussian, x, 60, 0.5, M)
+    close(torch.cov(x.T), M / (1 - 0.125), rtol=0.05, atol=0.03)
+
+
+def test_dsm_homework_6_3_gaussians(dsm_homework):
+    """Of the extras' Gaussians: variances, and scores that are gradients of their log density."""
+    assert dsm_homework.variances.tolist() == pytest.approx([1, 0.02])
+    assert torch.equal(dsm_homework.covariance, dsm_homework.variances.diag())
+    x = normal(6, 2).float().requires_grad_()
+    for log_density, score in [(dsm_homework.log_gaussian, dsm_homework.score_gaussian),
+                               (dsm_homework.log_gaussian, dsm_homework.gaussian_score),
+                               (dsm_homework.log_normal, dsm_homework.score_normal)]:
+        gradient = torch.autograd.grad(log_density(x).sum(), x)[0]
+        torch.testing.assert_close(score(x), gradient)
+    close(dsm_homework.log_normal(x).detach(), -x.detach().square().sum(1) / 2, rtol=1e-5)
+
+
+def test_dsm_homework_6_3_mala_is_exact(dsm_homework):
+    """MALA keeps a mixture where Langevin dynamics is far off; each chain has its own test."""
+    means = torch.tensor([[0.0, 0], [1.5, 0]]).double()
+    law_ = MixtureSameFamily(Categorical(torch.tensor([0.3, 0.7]).double()),
+                             MultivariateNormal(means, 0.3 * torch.eye(2).double()))
+
+    def score(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(law_.log_prob(x).sum(), x)[0]
+
+    x = law_.sample((20000,))
+    y, acceptance = dsm_homework.mala(law_.log_prob, score, x, 25, 0.6)
+    within(y, law_.mean)
+    within((y - law_.mean).square(), law_.variance)
+    langevin = dsm_homework.langevin(score, x, 25, 0.6)
+    assert (langevin - law_.mean).square().mean(0)[1] > 1.5 * 0.3
+    y, acceptance = dsm_homework.mala(law_.log_prob, score, x, 1, 0.6)
+    moved = (y != x).any(1).double().mean().item()
+    assert moved == pytest.approx(acceptance, abs=1e-6) and 0.5 < acceptance < 0.95
+
+
+def test_dsm_homework_6_3_mala_acceptance(dsm_homework):
+    """In d = 100 the acceptance is 2 Phi(-sqrt((eta/V)^3 d)/8), whatever V."""
+    V, eta = 2.5, 1.5
+
+    def log_density(x):
+        return -x.square().sum(1) / (2 * V)
+
+    def score(x):
+        return -x / V
+
+    x = math.sqrt(V) * normal(1000, 100, seed=3)
+    _, acceptance = dsm_homework.mala(log_density, score, x, 30, eta)
+    formula = 2 * scipy.stats.norm.cdf(-math.sqrt((eta / V) ** 3 * 100) / 8)
+    assert acceptance == pytest.approx(formula, abs=0.02)
+
+
+def rows(printed, name):
+    """The numbers of the printed rows that begin with `name`, without the name."""
+    lines = [line[len(name):] for line in printed.splitlines() if line.startswith(name)]
+    return [[float(word) for word in line.split()] for line in lines]
+
+
+def test_dsm_homework_6_5_printed_tables(dsm_homework):
+    """Along the long axis: the recursion from variance 1/3; across: the formula; MALA: right."""
+    expected = {"Langevin  ": [(0.01, 1, 0.01, 1), (0.05, 1, 0.05, 1)],
+                "temperature 1/2": [(0.01, 0.5, 0.01, 1)],
+                "M = covariance": [(0.5, 1, 0.5, 1)],
+                "M = its inverse (003)": [(0.0002, 1, 0.0002, 1)]}
+    for name, settings in expected.items():
+        for row, (eta, temperature, step, V) in zip(rows(dsm_homework.printed, name), settings):
+            variance = 1 / 3
+            for _ in range(100):
+                variance = (1 - step / (2 * V)) ** 2 * variance + step * temperature
+            assert row[0] == pytest.approx(eta) and row[2] == pytest.approx(variance, rel=0.05)
+            share = row[1]
+            assert share in [0.125, 0.625]
+            assert row[4] == pytest.approx(temperature / (1 - share), abs=1e-3)
+            error = (row[3] / row[4] - 1) / math.sqrt(2 / 20000)
+            assert row[5] == pytest.approx(error, abs=0.3) and abs(row[5]) < 4
+        assert len(rows(dsm_homework.printed, name)) == len(settings)
+    mala = rows(dsm_homework.printed, "MALA  ")
+    assert [row[0] for row in mala] == [0.01, 0.05]
+    last = rows(dsm_homework.printed, "MALA, M = covariance")[0]
+    assert last[0] == 2.5 and last[2] == pytest.approx(1, abs=0.05)
+    for row, accepted in zip([*mala, last], [0.97, 0.71, 0.56]):
+        assert row[3] == pytest.approx(1, abs=0.05)
+        assert row[4] == pytest.approx(accepted, abs=0.02)
+    for eta, measured, formula in rows(dsm_homework.printed, 25 * " ")[-4:]:
+        exact = 2 * scipy.stats.norm.cdf(-math.sqrt(eta**3 * 100) / 8)
+        assert formula == pytest.approx(exact, abs=1e-3)
+        assert measured == pytest.approx(formula, abs=0.02)
 
 
 # %% implicit_sm.py: data and its exact score
