@@ -108,8 +108,11 @@ centres = torch.tensor(make_moons(400, shuffle=False)[0], dtype=torch.float32)  
 
 
 def sample_data(n):
-    """n independent points (n, 2). make_moons spaces its points evenly along the curve, so two of
-    its sets are more alike than independent ones, and a distance would look large beside theirs."""
+    """n independent points (n, 2).
+
+    make_moons spaces its points evenly along the curve, so two of its sets are more alike than
+    independent sets, and the floor below would be too low.
+    """
     return centres[torch.randint(len(centres), (n,))] + TAU * torch.randn(n, 2)
 
 
@@ -146,8 +149,9 @@ def make_score_model():
 
 # %% Loss
 # The homework's class. Of a noisy point x + sigma eps the loss asks: which way back to the clean
-# point? The arrow x - noisy_x, divided by sigma^2, is -eps/sigma. Many clean points can lie behind
-# one noisy point; the mean of their arrows is the score of the noisy data (theory.md 4.1).
+# point? The target is the arrow x - noisy_x, divided by sigma^2: -eps/sigma. Many clean points can
+# lie behind one noisy point; the mean of their targets is the score of the noisy data (theory.md
+# 4.1).
 class DenoisingScoreMatcher(nn.Module):
     """Learns grad log q_sigma with score_model, (B, *input_shape) to the same, and samples q_sigma.
 
@@ -259,8 +263,8 @@ history = train(matcher, args.sigma, args.epochs)
 train_s = time.time() - started
 torch.save(matcher.state_dict(), os.path.join(args.outdir, "model.pt"))
 
-print(f"\nepoch    training loss    test loss    relative score error    (floor of both losses: "
-      f"{floor_of_loss:.2f})")
+print(f"\nThe loss of s = 0 is 2 / sigma^2 = {2 / args.sigma**2:.2f}, that of the exact score, the "
+      f"floor, {floor_of_loss:.2f}.\nepoch    training loss    test loss    relative score error")
 for epoch, loss, test_loss, error in zip(*history.values()):
     print(f"{epoch:5d} {loss:16.2f} {test_loss:12.2f} {error:23.3f}")
 
@@ -282,9 +286,9 @@ print(f"\nat the test point ({x[0, 0]:.2f}, {x[0, 1]:.2f}) the score is "
 
 # %% Sampling
 # Langevin dynamics walks along the score and is shaken at every step, and so ends up distributed as
-# the density whose score it follows. This is q_sigma, the density of the noisy data (001 does not
-# say so). Tweedie's formula leads back: x + sigma^2 s(x) is the mean of all clean points that could
-# lie behind x. Means vary less than points, so what it gives is a little thinner than the data.
+# the density whose score it follows: q_sigma, that of the noisy data. Tweedie's formula leads back:
+# x + sigma^2 s(x) is the mean of all clean points that could lie behind x. Means vary less than
+# points, so what it gives is thinner than the data.
 @torch.no_grad()
 def tweedie(matcher, x):
     """The mean of the clean points behind x, (B, 2) -> (B, 2)."""
@@ -294,8 +298,8 @@ def tweedie(matcher, x):
 sample_sets = []
 for _ in tqdm(range(4), desc="sampling"):                # one set says little about a distance
     sample_sets.append(matcher.sample(args.n_samples, args.num_steps, args.eta))
-samples = sample_sets[-1]                                # (n_samples, 2)
-if not torch.isfinite(samples).all():
+samples = sample_sets[-1]                                # (n_samples, 2), of the noisy data
+if not torch.isfinite(torch.cat(sample_sets)).all():
     sys.exit(f"the Langevin chains ran away: take an --eta below {args.eta:g}, or train longer")
 np.save(os.path.join(args.outdir, "samples.npy"), samples.numpy())
 
@@ -504,8 +508,9 @@ fig.savefig(os.path.join(args.outdir, "trajectories.png"))
 
 
 # %% Extra: what can one sigma do?
-# The same network at other levels, with half the epochs, and an eta of an eighth of each limit.
-# Little noise: the targets are large and almost all chance, so the network learns less, and the
+# The network of the lesson, and the same at other levels with half the epochs to save time, and an
+# eta of an eighth of each limit.
+# Little noise: the targets are large and almost all chance, so more steps are needed; and the
 # plane between the moons is hardly ever seen or crossed. Much noise: everything is learned, but
 # q_sigma is blurred, and Tweedie's step gives a mean where many clean points are possible. No level
 # is good for everything; dsm_2d.py uses many.
