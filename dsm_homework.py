@@ -1,9 +1,10 @@
 """Denoising score matching with one noise level on two moons, and Langevin dynamics to sample.
 
     noisy data   q_sigma, the density of x + sigma eps, where x is a data point and eps ~ N(0, I)
-    training     minimise the mean of |s(x + sigma eps) + eps/sigma|^2; the best s is the score of
-                 the noisy data, grad log q_sigma, an arrow towards where they are denser
-    sampling     x + eta/2 s(x) + sqrt(eta) z, many times: half a step along the arrow, and noise
+    training     minimise the mean of |s(x + sigma eps) + eps/sigma|^2 over networks s; the best is
+                 the score of the noisy data, grad log q_sigma, an arrow to where they are denser
+    sampling     x + eta/2 s(x) + sqrt(eta) z, many times, with small eta and fresh z ~ N(0, I):
+                 a step along the arrow, and noise
 
     python dsm_homework.py                       # look at out_dsm_homework/grid.png
     python dsm_homework.py --sigma 0.3 --eta 0.05
@@ -14,12 +15,12 @@ notebook. The moons are known Gaussians on a curve, so the exact score is known 
 be measured against it. The default run takes 30 s on one core (Python 3.11, torch 2.13.0). Its
 last line:
 
-    seed=0 ... score_err=0.1177 SW2=0.0326 floor=0.0299 SW2_tweedie=0.0401 clean_floor=0.033 ...
+    seed=0 ... score_err=0.1177 SW2=0.0326 floor=0.0311 SW2_tweedie=0.0379 clean_floor=0.0326 ...
 
 score_err is the relative error of the learned score: 0 is exact, 1 no better than s = 0. SW2 is the
-distance of the samples to fresh noisy data, and its floor that of fresh noisy data to others: good
-samples have an SW2 of 0.8 to 1.3 floors. SW2_tweedie and clean_floor are the same for the data
-without noise, after a last step that takes the mean of what may lie behind it.
+sliced Wasserstein distance of the samples to fresh noisy data; its floor is that of fresh noisy
+data to other fresh noisy data. Samples with up to 1.3 floors are good. SW2_tweedie is the distance
+to clean data, after a last step that takes the noise away, and clean_floor its floor.
 
 Read beside: notes 001 task 2; 003 sections 4.1.2 and 4.4; theory.md sections 4 and 6.
 """
@@ -36,7 +37,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from sklearn.datasets import make_moons
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from tqdm.auto import tqdm
 
 
@@ -76,7 +76,8 @@ if args.batch > 0.8 * args.n:
     parser.error(f"argument --batch: {args.batch} is more than the {int(0.8 * args.n)} training "
                  "points of --n")
 TAU = 0.1                                           # the spread of the moons, make_moons' noise
-limit = 4 * (args.sigma**2 + TAU**2)                # longer Langevin steps overshoot and run away
+# Longer Langevin steps overshoot and run away; the cell "the number of steps and eta" shows why.
+limit = 4 * (args.sigma**2 + TAU**2)
 if args.eta >= limit * (1 - 1e-9):                  # round-off must not let the limit itself pass
     parser.error(f"argument --eta: {args.eta:g} is not below the limit of a Langevin step, "
                  f"4 (sigma^2 + {TAU:g}^2) = {limit:.4g}")
@@ -94,8 +95,9 @@ torch.set_num_threads(1)                            # a second core is no help t
 
 # %% Data
 # The homework's two moons. To measure against the truth we also need their density: a point of one
-# of two half circles, plus Gaussian noise of size TAU. With 400 points for the half circles this is
-# a mixture of 400 equal Gaussians, and the noise sigma only makes each of them wider.
+# of two half circles, plus Gaussian noise of size TAU. With 400 points for the half circles, much
+# closer to each other than TAU, this is a mixture of 400 equal Gaussians. The noise sigma, which we
+# add, only makes each of them wider.
 def generate_moons_data(count):
     """The homework's train_data (0.8 count, 2), train_labels, test_data, test_labels."""
     data, labels = make_moons(count, noise=TAU)
@@ -111,7 +113,7 @@ def sample_data(n):
     """n independent points (n, 2).
 
     make_moons spaces its points evenly along the curve, so two of its sets are more alike than
-    independent sets, and the floor below would be too low.
+    independent sets are: no yardstick for samples.
     """
     return centres[torch.randint(len(centres), (n,))] + TAU * torch.randn(n, 2)
 
@@ -119,12 +121,19 @@ def sample_data(n):
 def exact_score(x, sigma):
     """grad log q_sigma(x) = sum over k of share_k(x) (centre_k - x) / (TAU^2 + sigma^2). -> (B, 2)
 
-    share_k is the chance that x came from centre k: the arrow points to the mean centre.
+    share_k is the chance that x came from centre k, by Bayes' rule: the arrow points to the mean of
+    the centres that x may have come from.
     """
     variance = TAU**2 + sigma**2
     to_centre = centres - x[:, None]                               # (B, 400, 2)
     share = (-to_centre.square().sum(dim=2) / (2 * variance)).softmax(dim=1)
     return (share[:, :, None] * to_centre).sum(dim=1) / variance
+
+
+def exact_density(x, sigma):
+    """q_sigma(x) up to a constant factor, (B, 2) -> (B,); only the pictures need it."""
+    distance = torch.cdist(x, centres)                             # (B, 400)
+    return (-distance.square() / (2 * (TAU**2 + sigma**2))).exp().mean(dim=1)
 
 
 train_data, train_labels, test_data, test_labels = generate_moons_data(args.n)
@@ -148,10 +157,18 @@ def make_score_model():
 
 
 # %% Loss
-# The homework's class. Of a noisy point x + sigma eps the loss asks: which way back to the clean
-# point? The target is the arrow x - noisy_x, divided by sigma^2: -eps/sigma. Many clean points can
-# lie behind one noisy point; the mean of their targets is the score of the noisy data (theory.md
-# 4.1).
+# The homework's class. From a noisy point x + sigma eps, which way is it back to the clean point x?
+# The arrow back is -sigma eps. As target the network gets it divided by sigma^2, a gradient by
+# noisy_x:
+#     log q(noisy_x | x) = -|noisy_x - x|^2 / (2 sigma^2) + constant
+#     grad log q(noisy_x | x) = -(noisy_x - x) / sigma^2 = -eps/sigma
+# Many clean points can lie behind one noisy point. The network sees the noisy point only, and since
+# the loss is a square, the best that it can answer is the mean of their targets. This mean is the
+# score of the noisy data (theory.md 4.1):
+#     sum over x of p(x | noisy_x) grad log q(noisy_x | x)
+#   = sum over x of p(x) q(noisy_x | x) grad log q(noisy_x | x) / q_sigma(noisy_x)     (Bayes)
+#   = sum over x of p(x) grad q(noisy_x | x) / q_sigma(noisy_x)         since q grad log q = grad q
+#   = grad q_sigma(noisy_x) / q_sigma(noisy_x) = grad log q_sigma(noisy_x)
 class DenoisingScoreMatcher(nn.Module):
     """Learns grad log q_sigma with score_model, (B, *input_shape) to the same, and samples q_sigma.
 
@@ -174,7 +191,8 @@ class DenoisingScoreMatcher(nn.Module):
     def forward(self, x):
         """(s(noisy_x) + eps/sigma)^2, of x's shape.
 
-        The target, the gradient of log q(noisy_x | x), is -eps/sigma; so s - target has a plus.
+        The target is -eps/sigma, so s - target has a plus. (In 001's formula of the target the
+        grad is missing.)
         """
         eps = torch.randn_like(x)
         noisy_x = x + self.sigma * eps
@@ -182,7 +200,10 @@ class DenoisingScoreMatcher(nn.Module):
         return (s + eps / self.sigma) ** 2
 
     def loss(self, x):
-        """The mean over the batch, the sum over coordinates: a scalar in a dict."""
+        """The mean over the batch of |s - target|^2, a sum over coordinates: a scalar in a dict.
+
+        With .mean() over everything it would be half of this, in 2-D, and least at the same s.
+        """
         return {"total_loss": self(x).mean(dim=0).sum()}
 
     @torch.no_grad()
@@ -201,41 +222,47 @@ class DenoisingScoreMatcher(nn.Module):
 
 
 # %% Training
-# The loss soon stops falling, far from 0: most of it is the spread of the arrows around their mean,
-# which no network can learn. This part is its floor, the loss of the exact score s*. What is
-# learned shows in the relative error of the score, sqrt(E|s - s*|^2 / E|s*|^2).
-def loss_floor(sigma):
-    """Loss of the exact score at fresh points, a number.
-
-    s* is the mean of the targets at a point, so E|target - s*|^2 = E|target|^2 - E|s*|^2, and in
-    2-D E|eps/sigma|^2 = 2/sigma^2.
-    """
+# The loss soon stops falling, far from 0: most of it is the spread of the targets around their
+# mean, which no network can learn. This part is its floor, the loss of the exact score s*. At every
+# noisy point target - s* is 0 in the mean, so
+#     E|s - target|^2 = E|s* - target|^2 + E|s - s*|^2 = floor + (relative error)^2 E|s*|^2
+# with the relative error sqrt(E|s - s*|^2 / E|s*|^2). It tells what is learned. In the loss the
+# last part is soon too small to be seen.
+def score_power(sigma):
+    """E|s*|^2 under q_sigma, a mean over 20000 fresh points: a number."""
     x = sample_data(20000)
     noisy_x = x + sigma * torch.randn_like(x)
-    return 2 / sigma**2 - exact_score(noisy_x, sigma).square().sum(dim=1).mean().item()
+    return exact_score(noisy_x, sigma).square().sum(dim=1).mean().item()
 
 
 @torch.no_grad()
-def relative_error(score_model, x, sigma):
+def relative_error(matcher, x):
     """sqrt(mean |s - s*|^2 / mean |s*|^2) over the points x (n, 2), a number."""
-    exact = exact_score(x, sigma)
-    return ((score_model(x) - exact).norm() / exact.norm()).item()
+    exact = exact_score(x, matcher.sigma)
+    return ((matcher.score_model(x) - exact).norm() / exact.norm()).item()
 
 
-def train(matcher, sigma, epochs):
-    """Trains a matcher.  -> its history: lists under the keys epoch, loss, test_loss, error."""
-    x_check = sample_data(5000) + sigma * torch.randn(5000, 2)
-    x_test_often = x_test[:1000].repeat(20, 1)           # with 20 draws of the noise for each point
-    optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr, fused=True)
-    # The learning rate rises for 15 % of the steps, then falls to 0: so it can be high.
+@torch.no_grad()
+def loss_at_test_points(matcher):
+    """With 20 draws of the noise for each point; it is still uncertain by 1 %."""
+    return matcher.loss(x_test.repeat(20, 1))["total_loss"].item()
+
+
+def train(matcher, epochs):
+    """Epochs over shuffled batches.  -> history, a list with a dict for each printed line."""
+    x_check = sample_data(5000)
+    x_check += matcher.sigma * torch.randn_like(x_check)
+    optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
+    # The learning rate rises for 15 % of the steps, then falls to 0. The high rates in the middle
+    # learn fast, and the low ones at the end take out the noise of the steps. (This also moves
+    # Adam's first beta the other way.)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, epochs=epochs, pct_start=0.15,
+        optimizer, max_lr=args.lr, epochs=epochs, pct_start=0.15,
         steps_per_epoch=math.ceil(len(x_data) / args.batch))
-    history = {"epoch": [], "loss": [], "test_loss": [], "error": []}
-    losses = []
-    for epoch in tqdm(range(1, epochs + 1), desc=f"training, sigma {sigma:g}"):
-        order = torch.randperm(len(x_data))
-        for x in x_data[order].split(args.batch):
+    history = []
+    for epoch in tqdm(range(1, epochs + 1), desc=f"training, sigma {matcher.sigma.item():g}"):
+        losses = []
+        for x in x_data[torch.randperm(len(x_data))].split(args.batch):
             loss = matcher.loss(x)["total_loss"]
             optimizer.zero_grad()
             loss.backward()
@@ -245,28 +272,29 @@ def train(matcher, sigma, epochs):
         if not math.isfinite(losses[-1]):
             sys.exit(f"the loss is {losses[-1]} at epoch {epoch}: try a --lr below {args.lr:g}")
         if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
-            with torch.no_grad():
-                test_loss = matcher.loss(x_test_often)["total_loss"].item()
-            history["epoch"].append(epoch)
-            history["loss"].append(np.mean(losses))      # of the epochs since the last entry
-            history["test_loss"].append(test_loss)
-            history["error"].append(relative_error(matcher.score_model, x_check, sigma))
-            losses = []
+            history.append({"epoch": epoch, "loss": np.mean(losses),
+                            "test_loss": loss_at_test_points(matcher),
+                            "error": relative_error(matcher, x_check)})
     return history
 
 
 model = make_score_model()
 matcher = DenoisingScoreMatcher(model, (2,), args.sigma)
-floor_of_loss = loss_floor(args.sigma)
+loss_of_zero = 2 / args.sigma**2                         # s = 0: E|eps/sigma|^2 in 2-D
+power = score_power(args.sigma)                          # by the equation above, with s = 0:
+floor_of_loss = loss_of_zero - power
 started = time.time()
-history = train(matcher, args.sigma, args.epochs)
+history = train(matcher, args.epochs)
 train_s = time.time() - started
 torch.save(matcher.state_dict(), os.path.join(args.outdir, "model.pt"))
 
-print(f"\nThe loss of s = 0 is 2 / sigma^2 = {2 / args.sigma**2:.2f}, that of the exact score, the "
-      f"floor, {floor_of_loss:.2f}.\nepoch    training loss    test loss    relative score error")
-for epoch, loss, test_loss, error in zip(*history.values()):
-    print(f"{epoch:5d} {loss:16.2f} {test_loss:12.2f} {error:23.3f}")
+print(f"\nloss of s = 0: {loss_of_zero:.2f}, E|s*|^2: {power:.2f}, their difference, the floor: "
+      f"{floor_of_loss:.2f}\nepoch    training loss    test loss    relative score error")
+for row in history:
+    print(f"{row['epoch']:5d} {row['loss']:16.2f} {row['test_loss']:12.2f} {row['error']:23.3f}")
+score_err = history[-1]["error"]
+print(f"The last error makes {score_err**2 * power:.2f} of the loss. (With the default points the "
+      "test loss is uncertain by 1.5.)")
 
 
 @torch.no_grad()
@@ -285,10 +313,13 @@ print(f"\nat the test point ({x[0, 0]:.2f}, {x[0, 1]:.2f}) the score is "
 
 
 # %% Sampling
-# Langevin dynamics walks along the score and is shaken at every step, and so ends up distributed as
-# the density whose score it follows: q_sigma, that of the noisy data. Tweedie's formula leads back:
-# x + sigma^2 s(x) is the mean of all clean points that could lie behind x. Means vary less than
-# points, so what it gives is thinner than the data.
+# Langevin dynamics walks along the score and is shaken at every step, and so ends up distributed
+# nearly as the density whose score it follows: q_sigma, that of the noisy data. (Nearly, since eta
+# is not 0; see "the number of steps and eta".) Tweedie's formula leads back to the clean data. The
+# score is the mean of the arrows (x_clean - x) / sigma^2 (cell Loss); solve for the mean of the
+# clean points that could lie behind x: it is x + sigma^2 s(x). Means vary less than points. Across
+# a moon s is nearly -x / (TAU^2 + sigma^2), so the step multiplies x by TAU^2 / (TAU^2 + sigma^2):
+# by default, points 0.14 wide become points 0.07 wide, while the data are 0.1 wide.
 @torch.no_grad()
 def tweedie(matcher, x):
     """The mean of the clean points behind x, (B, 2) -> (B, 2)."""
@@ -306,7 +337,9 @@ np.save(os.path.join(args.outdir, "samples.npy"), samples.numpy())
 
 # %% Check
 # How far are the samples from the noisy data, and those of Tweedie's step from the clean data? Even
-# two fresh sets of data are some way apart: that is the floor.
+# two fresh sets of data are some way apart: that is the floor. For perfect samples the ratio of the
+# two would have the mean 1 and the standard deviation 0.1 for four sets, 0.2 for one. We call a
+# ratio below 1.3 good, and after Tweedie's step, whose points are too thin, one below 1.5.
 def sorted_projections(x):
     """(n, 2) -> (32, n): the points seen along 32 directions, in order."""
     angles = math.pi * torch.arange(32) / 32
@@ -327,8 +360,8 @@ def mean_sw2(sets, other_sets):
     return np.mean(distances)
 
 
-def fresh_sets(sigma):
-    """Eight sets of noisy data, as their sorted projections."""
+def fresh_projections(sigma):
+    """Eight sets of n_samples fresh noisy points, each as its sorted projections."""
     sets = []
     for _ in range(8):
         x = sample_data(args.n_samples) + sigma * torch.randn(args.n_samples, 2)
@@ -342,14 +375,15 @@ def upper_share(x):
     return (nearest < 200).float().mean().item()
 
 
-denoised_sets = [tweedie(matcher, x) for x in sample_sets]
-fresh_noisy = fresh_sets(args.sigma)
-fresh_clean = fresh_sets(0)
+fresh_noisy = fresh_projections(args.sigma)
 sw2 = mean_sw2([sorted_projections(x) for x in sample_sets], fresh_noisy)
-sw2_floor = mean_sw2(fresh_sets(args.sigma), fresh_noisy)          # what perfect samples would get
+sw2_floor = mean_sw2(fresh_projections(args.sigma), fresh_noisy)   # what perfect samples would get
+
+fresh_clean = fresh_projections(0)
+denoised_sets = [tweedie(matcher, x) for x in sample_sets]
 sw2_tweedie = mean_sw2([sorted_projections(x) for x in denoised_sets], fresh_clean)
-clean_floor = mean_sw2(fresh_sets(0), fresh_clean)
-score_err = history["error"][-1]
+clean_floor = mean_sw2(fresh_projections(0), fresh_clean)
+
 print(f"\nSW2 of the samples to fresh noisy data: {sw2:.4f}, its floor {sw2_floor:.4f}, "
       f"ratio {sw2 / sw2_floor:.2f} (good: below 1.3)")
 print(f"after Tweedie's step, to fresh clean data: {sw2_tweedie:.4f}, its floor {clean_floor:.4f}, "
@@ -357,10 +391,10 @@ print(f"after Tweedie's step, to fresh clean data: {sw2_tweedie:.4f}, its floor 
 print(f"share in the upper moon: {upper_share(samples):.3f} (data: 0.5)")
 
 summary = {"seed": args.seed, "sigma": args.sigma, "epochs": args.epochs,
-           "num_steps": args.num_steps, "eta": args.eta, "score_err": round(float(score_err), 4),
-           "SW2": round(float(sw2), 4), "floor": round(float(sw2_floor), 4),
-           "SW2_tweedie": round(float(sw2_tweedie), 4),
-           "clean_floor": round(float(clean_floor), 4), "train_s": round(train_s, 1)}
+           "num_steps": args.num_steps, "eta": args.eta, "score_err": round(score_err, 4),
+           "SW2": round(sw2, 4), "floor": round(sw2_floor, 4),
+           "SW2_tweedie": round(sw2_tweedie, 4), "clean_floor": round(clean_floor, 4),
+           "train_s": round(train_s, 1)}
 with open(os.path.join(args.outdir, "summary.json"), "w") as file:
     json.dump({"settings": vars(args), "figures": summary}, file, indent=1)
 
@@ -368,64 +402,83 @@ with open(os.path.join(args.outdir, "summary.json"), "w") as file:
 # %% Check: the number of steps and eta
 # "Experiment with number of steps and eta." Too few steps, or too short ones, and the chains have
 # not reached the right end of the moons, where no start lies. Too long ones, and the moons are too
-# wide: on a Gaussian of variance V a step turns the variance v into (1 - eta/(2V))^2 v + eta. This
-# stands still at v = V / (1 - eta/(4V)). From eta = 4V on, each step throws a chain further out.
-# Across the moons V = sigma^2 + TAU^2, which gives the limit (theory.md 6.2).
+# wide. Why? Across a moon q_sigma is nearly a Gaussian of variance V = sigma^2 + TAU^2, with the
+# score -x/V. A Langevin step is then
+#     x  <-  (1 - eta/(2V)) x + sqrt(eta) z,
+# and the variance v of the chains becomes
+#     v  <-  (1 - eta/(2V))^2 v + eta.
+# It stays where it is at v = V / (1 - eta/(4V)). With eta = 4V the factor 1 - eta/(2V) is -1: the
+# step jumps to the other side of the moon, just as far out. Hence limit = 4V. With the default eta,
+# an eighth of the limit, v is 8/7 V, and so the width sqrt(v) is 7 % too large (theory.md 6.2).
+# Beyond the limit a step jumps further out than it was. Near the moons it may land among other
+# points; far from them the exact score is about -x/V again, and the jumps grow for ever.
 def has_left(x):
     """Which points (B, 2) are far from all data, or no longer finite: (B,) of bool."""
-    return ~(x.norm(dim=1) < 6 * (1 + args.sigma))
+    near = x.norm(dim=1) < 6 * (1 + args.sigma)          # false for nan, too
+    return ~near
 
 
-def run_chains(x, eta):
-    """Chains from x at 10, 100 and 1000 steps, a dict; and the step at which one has left, or None.
-
-    Langevin dynamics goes on where it stopped, so that ten steps at a time are as good as 1000.
-    """
+def run_chains(matcher, x, eta):
+    """Chains from x after 10, 100 and 1000 steps: a dict, steps -> points."""
     states = {}
-    first_left = None
-    for step in range(10, 1001, 10):
-        x = matcher.langevin_dynamics(x, 10, eta)
-        if first_left is None and has_left(x).any():
-            first_left = step
-        if step in [10, 100, 1000]:
-            states[step] = x
-    return states, first_left
+    done = 0
+    for steps in [10, 100, 1000]:
+        x = matcher.langevin_dynamics(x, steps - done, eta)          # it goes on where it stopped
+        done = steps
+        states[steps] = x
+    return states
 
 
-fresh = sample_data(20000) + args.sigma * torch.randn(20000, 2)
-right_share = (fresh[:, 0] > 1.1).float().mean().item()
-print(f"\nFrom U[-1, 1]: SW2/floor (one set: uncertain by a third), share in the upper moon (data: "
-      f"0.50)\nand right of x_1 = 1.1 (data: {right_share:.2f})")
-print("    eta  eta/limit   10 steps            100 steps           1000 steps")
-etas = [limit / 80, limit / 8, 5 / 8 * limit, 3 / 2 * limit]
-grid_states = {}                                         # eta -> steps -> points
-grid_words = {}
+def first_to_leave(matcher, x, eta):
+    """The step at which the first of the chains from x leaves; None if none does in 1000."""
+    for step in range(1, 1001):
+        x = matcher.langevin_dynamics(x, 1, eta)
+        if has_left(x).any():
+            return step
+    return None
+
+
+def right_share(x):
+    """The share of the points (B, 2) at the right end of the moons, where no start lies."""
+    return (x[:, 0] > 1.1).float().mean().item()
+
+
+def measure_chains(x):
+    """What the table below says of chains x (B, 2): a dict; nan if some have left."""
+    left = has_left(x).float().mean().item()
+    if left > 0:
+        return {"ratio": math.nan, "upper": math.nan, "right": math.nan, "left": left}
+    ratio = mean_sw2([sorted_projections(x)], fresh_noisy) / sw2_floor
+    return {"ratio": ratio, "upper": upper_share(x), "right": right_share(x), "left": left}
+
+
+etas = [limit / 80, limit / 8, 5 / 8 * limit, 2 * limit]
+chains = {}                                              # eta -> steps -> points
 for eta in etas:
-    x0 = 2 * torch.rand(args.n_samples, 2) - 1
-    grid_states[eta], first_left = run_chains(x0, eta)
-    grid_words[eta] = {}
-    for steps, x in grid_states[eta].items():
-        left = has_left(x)
-        if left.any():
-            grid_words[eta][steps] = f"{100 * left.float().mean():.0f} % have left"
-        else:
-            ratio = mean_sw2([sorted_projections(x)], fresh_noisy) / sw2_floor
-            right = (x[:, 0] > 1.1).float().mean()
-            grid_words[eta][steps] = f"{ratio:.2f}, {upper_share(x):.2f}, {right:.2f}"
-    words = "".join(f"{text:20s}" for text in grid_words[eta].values())
-    after = f"the first left within {first_left} steps" if first_left else ""
-    print(f"{eta:7.4f} {eta / limit:10.4f}   {words}{after}")
+    chains[eta] = run_chains(matcher, 2 * torch.rand(args.n_samples, 2) - 1, eta)
+in_data = right_share(sample_data(20000) + args.sigma * torch.randn(20000, 2))
+print("\nLangevin dynamics from U[-1, 1], one set of chains each (nan: some have left)\n"
+      "   eta  eta/limit  steps  SW2/floor  in the upper moon  right of 1.1  have left")
+for eta in etas:
+    for steps, x in chains[eta].items():
+        measured = measure_chains(x)
+        print(f"{eta:6.3g} {eta / limit:10.4f} {steps:6d} {measured['ratio']:10.2f} "
+              f"{measured['upper']:18.2f} {measured['right']:13.2f} {measured['left']:10.2f}")
+print(f"data: {1:29.2f} {0.5:18.2f} {in_data:13.2f} {0:10.2f}")
+step = first_to_leave(matcher, 2 * torch.rand(args.n_samples, 2) - 1, etas[-1])
+print(f"With the last eta the first chain leaves at step {step}.")
 
 
 # %% Pictures
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # exact and data, learned, noisy
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 10})
-view = [-1.6, 2.6, -1.85, 2.35]                          # left, right, bottom, top
+left, right, bottom, top = -1.6, 2.6, -1.85, 2.35
+view = [left, right, bottom, top]
 
 
-def grid(n):
+def plane(n):
     """n x n points of the visible square, (n^2, 2), row by row."""
-    y, x = torch.meshgrid(torch.linspace(-1.85, 2.35, n), torch.linspace(-1.6, 2.6, n),
+    y, x = torch.meshgrid(torch.linspace(bottom, top, n), torch.linspace(left, right, n),
                           indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], dim=1)
 
@@ -443,9 +496,7 @@ def dots(ax, x, colour):
 
 def shade(ax):
     """The density of the noisy data in grey."""
-    noisy = MultivariateNormal(centres, (TAU**2 + args.sigma**2) * torch.eye(2))
-    law = MixtureSameFamily(Categorical(torch.ones(len(centres))), noisy)
-    density = law.log_prob(grid(60)).exp().view(60, 60)
+    density = exact_density(plane(60), args.sigma).view(60, 60)
     ax.contourf(density, 12, extent=view, cmap="Greys", vmax=1.6 * density.max())
 
 
@@ -457,43 +508,49 @@ def arrows(ax, x, vectors, longest, colour):
               angles="xy", scale_units="xy", scale=5 * longest)
 
 
-# The data, and where the arrows point: exact beside learned.
-fig, axs = plt.subplots(1, 3, figsize=(11, 4.2))
-x_clean = x_data[:2000]
-dots(axs[0], x_clean + args.sigma * torch.randn_like(x_clean), GREY)
-dots(axs[0], x_clean, BLUE)
-panel(axs[0], rf"training points (blue), with noise $\sigma$ = {args.sigma:g} (grey)")
-where = grid(18)
+# Where do the arrows point, and where do they lead? Exact and data left, learned right.
+fig, axs = plt.subplots(2, 2, figsize=(8, 8.4))
+where = plane(18)
 exact = exact_score(where, args.sigma)
-longest = exact.norm(dim=1).quantile(0.25).item()
-shade(axs[1])
-arrows(axs[1], where, exact, longest, BLUE)
-panel(axs[1], "exact score")
-shade(axs[2])
-arrows(axs[2], where, score(where), longest, ORANGE)
-panel(axs[2], f"learned score, relative error {score_err:.2f}")
-fig.suptitle("Score over the density of the noisy data (all but the shortest arrows are cut)")
+longest = exact.norm(dim=1).quantile(0.25).item()        # the arrows far away are far longer
+shade(axs[0, 0])
+arrows(axs[0, 0], where, exact, longest, BLUE)
+panel(axs[0, 0], "exact score over the density of the noisy data")
+shade(axs[0, 1])
+arrows(axs[0, 1], where, score(where), longest, ORANGE)
+panel(axs[0, 1], f"learned score, relative error {score_err:.2f}")
+x_clean = x_data[:2000]
+dots(axs[1, 0], x_clean + args.sigma * torch.randn_like(x_clean), GREY)
+dots(axs[1, 0], x_clean, BLUE)
+panel(axs[1, 0], rf"training points (blue), with noise $\sigma$ = {args.sigma:g} (grey)")
+dots(axs[1, 1], samples, GREY)
+dots(axs[1, 1], denoised_sets[-1], ORANGE)
+panel(axs[1, 1], "samples (grey), after Tweedie's step (orange)")
+fig.suptitle("Score and points, exact beside learned (all but the shortest arrows are cut)")
 fig.savefig(os.path.join(args.outdir, "fields.png"))
 
 # Number of steps and eta.
 fig, axs = plt.subplots(3, 4, figsize=(10, 8.2))
 for column, eta in enumerate(etas):
-    for row, steps in enumerate(grid_states[eta]):
-        x = grid_states[eta][steps]
+    for row, steps in enumerate(chains[eta]):
+        x = chains[eta][steps]
+        measured = measure_chains(x)
+        words = f"SW2/floor {measured['ratio']:.2f}, right end {measured['right']:.2f}"
+        if measured["left"] > 0:
+            words = f"{100 * measured['left']:.0f} % have left"
         dots(axs[row, column], x[~has_left(x)], ORANGE)
         panel(axs[row, column], rf"{steps} steps, $\eta$ = {eta:.3g} = {eta / limit:.3g} limit"
-              f"\n{grid_words[eta][steps]}")
+              f"\n{words}")
         axs[row, column].title.set_fontsize(8)
-fig.suptitle(r"Langevin dynamics from $U[-1,1]^2$: SW2/floor, upper moon (0.5), right end "
-             f"({right_share:.2f})")
+fig.suptitle(rf"Langevin dynamics from $U[-1,1]^2$ (data: SW2/floor 1, right end {in_data:.2f})")
 fig.savefig(os.path.join(args.outdir, "grid.png"))
 
-# A few chains, step by step.
+# A few chains, step by step, with each eta below the limit.
 fig, axs = plt.subplots(1, 3, figsize=(11, 4.2))
 x0 = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
 colours = [ORANGE, BLUE, "#009E73", "#CC79A7"]
 names = ["too short", "good", "too long: it overshoots"]
-for ax, eta, name in zip(axs, etas, names):
+for ax, eta, name in zip(axs, etas[:3], names):
     path = [x0]
     for _ in range(200):
         path.append(matcher.langevin_dynamics(path[-1], 1, eta))
@@ -508,40 +565,49 @@ fig.savefig(os.path.join(args.outdir, "trajectories.png"))
 
 
 # %% Extra: what can one sigma do?
-# The network of the lesson, and the same at other levels with half the epochs to save time, and an
-# eta of an eighth of each limit.
-# Little noise: the targets are large and almost all chance, so more steps are needed; and the
-# plane between the moons is hardly ever seen or crossed. Much noise: everything is learned, but
-# q_sigma is blurred, and Tweedie's step gives a mean where many clean points are possible. No level
-# is good for everything; dsm_2d.py uses many.
-def one_level(matcher, error, x, sigma, axs):
-    """Measures samples x (n, 2) at sigma: prints a line of the table and draws two panels."""
-    plane_error = relative_error(matcher.score_model, grid(60), sigma)
-    clean = tweedie(matcher, x)
-    noisy_sets = fresh_sets(sigma)
-    noisy_floor = mean_sw2(fresh_sets(sigma), noisy_sets)
-    to_noisy = mean_sw2([sorted_projections(x)], noisy_sets) / noisy_floor
-    to_data = mean_sw2([sorted_projections(x)], fresh_clean) / clean_floor
-    denoised = mean_sw2([sorted_projections(clean)], fresh_clean) / clean_floor
-    print(f"{sigma:5g} {error:15.3f} {plane_error:9.3f} {to_noisy:11.2f} {to_data:8.2f} "
-          f"{denoised:14.2f} {upper_share(x):13.2f}")
-    dots(axs[0], x, ORANGE)
-    panel(axs[0], rf"$\sigma$ = {sigma:g}: score error {error:.2f},"
-          f"\non the whole plane {plane_error:.2f}")
-    dots(axs[1], sample_data(2000), BLUE)
-    dots(axs[1], clean, ORANGE)
-    panel(axs[1], f"SW2/floor to the data:\n{to_data:.1f} above, {denoised:.1f} here")
-
-
+# The network of the lesson, and the same at other levels. No level is good for everything, which is
+# why dsm_2d.py uses many:
+#   little noise   The targets are long and nearly all chance, so the score is learned badly. The
+#                  plane outside the moons is hardly ever seen (error on the plane, most of it far
+#                  out) or crossed: what starts at one moon stays there (share in the upper moon).
+#   much noise     The score is learned well, and the samples have the right density. But this is
+#                  q_sigma, a blur, and Tweedie's step gives the mean of many possible clean points,
+#                  which is near none of them.
 def train_and_sample(sigma):
-    """A matcher trained at sigma, its relative score error, its samples (n_samples, 2)."""
+    """A matcher trained at sigma, and its samples (n_samples, 2).
+
+    More noise than in the lesson is learned sooner, and its steps are longer: a third of the epochs
+    and steps is enough. Less noise gets as many as the lesson.
+    """
+    epochs = args.epochs
+    num_steps = args.num_steps
+    if sigma > args.sigma:
+        epochs = math.ceil(epochs / 3)
+        num_steps = math.ceil(num_steps / 3)
     matcher = DenoisingScoreMatcher(make_score_model(), (2,), sigma)
-    history = train(matcher, sigma, max(1, args.epochs // 2))
-    eta = (sigma**2 + TAU**2) / 2
-    return matcher, history["error"][-1], matcher.sample(args.n_samples, args.num_steps, eta)
+    train(matcher, epochs)
+    eta = 4 * (sigma**2 + TAU**2) / 8                    # an eighth of the limit
+    return matcher, matcher.sample(args.n_samples, num_steps, eta)
 
 
-trained = {args.sigma: (matcher, score_err, samples)}    # from the lesson
+def measure_level(matcher, x):
+    """What the table below says of a matcher and its samples x (n, 2): a dict."""
+    sigma = matcher.sigma.item()
+    noisy_sets = fresh_projections(sigma)
+    noisy_floor = mean_sw2(fresh_projections(sigma), noisy_sets)
+    x_noisy = sample_data(5000)
+    x_noisy += sigma * torch.randn_like(x_noisy)
+    return {
+        "error": relative_error(matcher, x_noisy),
+        "plane": relative_error(matcher, plane(60)),
+        "noisy": mean_sw2([sorted_projections(x)], noisy_sets) / noisy_floor,
+        "clean": mean_sw2([sorted_projections(x)], fresh_clean) / clean_floor,
+        "tweedie": mean_sw2([sorted_projections(tweedie(matcher, x))], fresh_clean) / clean_floor,
+        "upper": upper_share(x),
+    }
+
+
+trained = {args.sigma: (matcher, samples)}               # from the lesson
 for sigma in [0.03, 0.1, 0.3, 1.0]:
     if sigma not in trained:
         trained[sigma] = train_and_sample(sigma)
@@ -550,132 +616,155 @@ print("\n      score error:             SW2/floor (one set):                    
       "sigma   under q_sigma  on plane  to q_sigma  to data  after Tweedie    upper moon")
 fig, axs = plt.subplots(2, len(trained), figsize=(2.75 * len(trained), 6.2))
 for column, sigma in enumerate(sorted(trained)):
-    one_level(*trained[sigma], sigma, axs[:, column])
+    this_matcher, x = trained[sigma]
+    measured = measure_level(this_matcher, x)
+    print(f"{sigma:5g} {measured['error']:15.3f} {measured['plane']:9.3f} "
+          f"{measured['noisy']:11.2f} {measured['clean']:8.2f} {measured['tweedie']:14.2f} "
+          f"{measured['upper']:13.2f}")
+    dots(axs[0, column], x, ORANGE)
+    panel(axs[0, column], rf"$\sigma$ = {sigma:g}: score error {measured['error']:.2f},"
+          f"\non the whole plane {measured['plane']:.2f}")
+    dots(axs[1, column], sample_data(2000), BLUE)
+    dots(axs[1, column], tweedie(this_matcher, x), ORANGE)
+    panel(axs[1, column], f"SW2/floor to the data:\n{measured['clean']:.1f} above, "
+          f"{measured['tweedie']:.1f} here")
 fig.suptitle("One noise level: the samples follow the noisy data (above); after Tweedie's step "
              "(below, data in blue)")
 fig.savefig(os.path.join(args.outdir, "sigma_row.png"))
 
 
 # %% Extra: how wrong is a Langevin step?
-# On a Gaussian everything is known. Ours is as long as a moon (variance 1) and as thin. Settled
-# chains have the variance V / (1 - eta/(4V)) in each direction; noise of a temperature T multiplies
-# it by T. 100 steps are enough for this across, but not along. A step can also be multiplied by a
-# matrix M. With M = covariance it is long where the Gaussian is long, and 100 steps are enough in
-# both directions. With the inverse of the covariance, as 003 has it, they are too few along.
-covariance = torch.diag(torch.tensor([1.0, args.sigma**2 + TAU**2]))
-precision = covariance.inverse()
+# Settled chains on a Gaussian have the variance V / (1 - eta/(4V)) in each direction (cell "the
+# number of steps and eta"). Ours is as long as a moon (V = 1, along) and as thin (V = sigma^2 +
+# TAU^2, across). Three variants:
+#   temperature      The noise is multiplied by sqrt(T), and the variance by T: a sharper density.
+#   M = covariance   The score is multiplied by a matrix M, and the noise by its root. Along an axis
+#                    of M this is the same as a step M eta: long where the Gaussian is long. In 100
+#                    steps, which are otherwise too few along, it settles in both directions.
+#   M = its inverse  So 003 has it, by mistake: steps are shortest where the Gaussian is longest.
+variances = torch.tensor([1.0, args.sigma**2 + TAU**2])                   # along, across
 
 
 def gaussian_score(x):
-    """The score of N(0, covariance), (B, 2) -> (B, 2)."""
-    return -x @ precision
+    """The score of N(0, diag(variances)), (B, 2) -> (B, 2)."""
+    return -x / variances
 
 
 def langevin(score, x, num_steps, eta, temperature=1.0):
     """x + eta/2 s(x) + sqrt(eta temperature) z: samples the density to the power 1/temperature."""
     for _ in range(num_steps):
-        x = x + eta / 2 * score(x) + math.sqrt(eta * temperature) * torch.randn_like(x)
+        z = torch.randn_like(x)
+        x = x + eta / 2 * score(x) + math.sqrt(eta * temperature) * z
     return x
 
 
 def preconditioned_langevin(score, x, num_steps, eta, M):
-    """x + eta/2 M s(x) + sqrt(eta) R z with R R^T = M, (d, d): the same density for every M."""
+    """x + eta/2 M s(x) + sqrt(eta) R z with M = R R^T (d, d): the same density for every M."""
     R = torch.linalg.cholesky(M)
     for _ in range(num_steps):
-        x = x + eta / 2 * score(x) @ M.T + math.sqrt(eta) * torch.randn_like(x) @ R.T
+        z = torch.randn_like(x)
+        x = x + eta / 2 * score(x) @ M + math.sqrt(eta) * z @ R.T
     return x
 
 
-def print_row(name, x, eta, share, temperature=1.0):
-    """Variances of chains x (n, 2) beside the formula, whose eta/4V is `share` across."""
-    long, thin = (x.var(dim=0) / covariance.diag()).tolist()
-    formula = temperature / (1 - share)
-    errors = (thin / formula - 1) / math.sqrt(2 / len(x))
-    print(f"{name:26s} {eta:8.3g} {share:10.3f} {long:8.2f} {thin:8.3f} {formula:10.3f} "
-          f"{errors:11.1f}")
+def print_row(name, x, eta, eta_over_4V, temperature=1.0):
+    """Variances of chains x (n, 2), beside the formula across."""
+    along, across = (x.var(dim=0) / variances).tolist()
+    formula = temperature / (1 - eta_over_4V)
+    standard_error = formula * math.sqrt(2 / len(x))     # of the variance of n Gaussian numbers
+    print(f"{name:22s} {eta:7.2g} {eta_over_4V:9.3f} {along:9.2f} {across:8.3f} {formula:9.3f} "
+          f"{(across - formula) / standard_error:15.1f}")
 
 
-x0 = 2 * torch.rand(20000, 2) - 1
-thin_V = covariance[1, 1].item()
-print("\n100 steps on a Gaussian        eta  eta/limit    along   across    formula  "
-      "difference in standard errors")
-for share in [0.125, 0.625]:
-    eta = share * 4 * thin_V
-    print_row("Langevin", langevin(gaussian_score, x0, 100, eta), eta, share)
-eta = 0.125 * 4 * thin_V
+x0 = 2 * torch.rand(20000, 2) - 1                        # of the variance 1/3
+V = variances[1].item()
+print("\n100 steps                                   variance of the chains / V        off by\n"
+      "on a Gaussian              eta  eta/(4V)    along   across  formula  standard errors")
+for eta_over_4V in [0.125, 0.625]:
+    eta = eta_over_4V * 4 * V
+    print_row("Langevin", langevin(gaussian_score, x0, 100, eta), eta, eta_over_4V)
+eta = 0.125 * 4 * V
 x = langevin(gaussian_score, x0, 100, eta, temperature=0.5)
 print_row("temperature 1/2", x, eta, 0.125, temperature=0.5)
-eta = 0.125 * 4                                          # M covariance^-1 = I: every V is 1
-x = preconditioned_langevin(gaussian_score, x0, 100, eta, M=covariance)
+eta = 0.125 * 4                                          # a step M eta = V eta across
+x = preconditioned_langevin(gaussian_score, x0, 100, eta, M=torch.diag(variances))
 print_row("M = covariance", x, eta, 0.125)
-eta = 0.125 * 4 * thin_V**2                              # M covariance^-1 = covariance^-2
-x = preconditioned_langevin(gaussian_score, x0, 100, eta, M=precision)
+eta = 0.125 * 4 * V**2                                   # a step M eta = eta / V across
+x = preconditioned_langevin(gaussian_score, x0, 100, eta, M=torch.diag(1 / variances))
 print_row("M = its inverse (003)", x, eta, 0.125)
 
 
 # %% Extra: can the bias be removed?
 # Yes, if the density itself is known: propose a Langevin step, and accept it with the probability
 # that makes forward and backward equally frequent (Metropolis and Hastings; theory.md 6.3). Our
-# network gives arrows and no density, so this is for the Gaussian. In many dimensions the step must
-# shrink as d^(-1/3), or hardly anything is accepted.
+# network gives arrows and no density, so this is for the Gaussian of the extra above. (It is
+# written again, so that each extra can be deleted.)
+variances = torch.tensor([1.0, args.sigma**2 + TAU**2])                   # along, across
+
+
+def gaussian_score(x):
+    """The score of N(0, diag(variances)), (B, 2) -> (B, 2)."""
+    return -x / variances
+
+
+def gaussian_log_density(x):
+    """log density of N(0, diag(variances)) up to a constant, (B, 2) -> (B,)."""
+    return -0.5 * (x.square() / variances).sum(dim=1)
+
+
+def normal_score(x):
+    """The score of N(0, I), (B, d) -> (B, d)."""
+    return -x
+
+
+def normal_log_density(x):
+    """log density of N(0, I) up to a constant, (B, d) -> (B,)."""
+    return -0.5 * x.square().sum(dim=1)
+
+
 def mala(log_density, score, x, num_steps, eta):
     """Langevin dynamics with a test of each step, for each chain by itself.  -> x, acceptance"""
-    accepted_share = []
+    acceptances = []
     for _ in range(num_steps):
         forward_mean = x + eta / 2 * score(x)
         y = forward_mean + math.sqrt(eta) * torch.randn_like(x)
         backward_mean = y + eta / 2 * score(y)
         log_forward = -(y - forward_mean).square().sum(dim=1) / (2 * eta)      # (B,)
         log_backward = -(x - backward_mean).square().sum(dim=1) / (2 * eta)
+        # How much more frequent are y, then the step back, than x, then the step forward?
         log_ratio = log_density(y) + log_backward - log_density(x) - log_forward
         accepted = torch.rand(len(x)).log() < log_ratio
         x = torch.where(accepted[:, None], y, x)
-        accepted_share.append(accepted.float().mean().item())
-    return x, np.mean(accepted_share)
+        acceptances.append(accepted.float().mean().item())
+    return x, np.mean(acceptances)
 
 
-variances = torch.tensor([1.0, args.sigma**2 + TAU**2])
-
-
-def log_gaussian(x):
-    """log density of N(0, variances) up to a constant, (B, 2) -> (B,)."""
-    return -0.5 * (x.square() / variances).sum(dim=1)
-
-
-def score_gaussian(x):
-    """Its gradient."""
-    return -x / variances
-
-
-def log_normal(x):
-    """log density of N(0, I) up to a constant, (B, d) -> (B,)."""
-    return -0.5 * x.square().sum(dim=1)
-
-
-def score_normal(x):
-    """Its gradient."""
-    return -x
+def print_mala(name, x, eta, eta_over_4V, acceptance):
+    """Variances of chains x (n, 2), scaled to V = 1, and the share of accepted steps."""
+    along, across = x.var(dim=0).tolist()
+    print(f"{name:22s} {eta:7.2g} {eta_over_4V:9.3f} {along:9.2f} {across:8.3f} {acceptance:11.3f}")
 
 
 x0 = 2 * torch.rand(20000, 2) - 1
-print("\n100 steps of MALA              eta  eta/limit    along   across    accepted")
-for share in [0.125, 0.625]:
-    eta = share * 4 * variances[1].item()
-    x, acceptance = mala(log_gaussian, score_gaussian, x0, 100, eta)
-    long, thin = (x.var(dim=0) / variances).tolist()
-    print(f"{'MALA':26s} {eta:8.3g} {share:10.3f} {long:8.2f} {thin:8.3f} {acceptance:11.3f}")
-# With M = covariance: the same as plain steps in the coordinates x / sqrt(variances).
-x, acceptance = mala(log_normal, score_normal, x0 / variances.sqrt(), 100, 0.625 * 4)
-long, thin = x.var(dim=0).tolist()
-print(f"{'MALA, M = covariance':26s} {2.5:8.3g} {0.625:10.3f} {long:8.2f} {thin:8.3f} "
-      f"{acceptance:11.3f}")
+print("\n100 steps                                   variance / V (right: 1)\n"
+      "on a Gaussian              eta  eta/(4V)    along   across     accepted")
+for eta_over_4V in [0.125, 0.625]:
+    eta = eta_over_4V * 4 * variances[1].item()
+    x, acceptance = mala(gaussian_log_density, gaussian_score, x0, 100, eta)
+    print_mala("MALA", x / variances.sqrt(), eta, eta_over_4V, acceptance)
+# With M = covariance: the same as plain steps in the coordinates x / sqrt(variances), where V = 1.
+x, acceptance = mala(normal_log_density, normal_score, x0 / variances.sqrt(), 100, 0.625 * 4)
+print_mala("MALA, M = covariance", x, 0.625 * 4, 0.625, acceptance)
 
-print("\nMALA in 100 dimensions, on N(0, I)    eta    accepted    2 Phi(-sqrt(100 eta^3) / 8)")
-for eta in [0.2, 0.5, 0.8, 1.1]:
-    x, acceptance = mala(log_normal, score_normal, torch.randn(500, 100), 40, eta)
-    argument = math.sqrt(100 * eta**3) / 8
+# In many dimensions d, with V = 1, the share of accepted steps is about 2 Phi(-sqrt(d eta^3) / 8)
+# (theory.md 6.3), with the normal distribution function Phi. So for as many accepted steps eight
+# times the dimension must be paid with half the step.
+print("\nMALA on N(0, I)    d     eta    accepted    2 Phi(-sqrt(d eta^3) / 8)")
+for d, eta in [(100, 0.2), (100, 0.5), (100, 0.8), (100, 1.1), (800, 1.1), (800, 0.55)]:
+    x, acceptance = mala(normal_log_density, normal_score, torch.randn(500, d), 40, eta)
+    argument = math.sqrt(d * eta**3) / 8
     formula = math.erfc(argument / math.sqrt(2))         # erfc(a / sqrt(2)) = 2 Phi(-a)
-    print(f"{eta:41.1f} {acceptance:11.3f} {formula:14.3f}")
+    print(f"{d:20d} {eta:7.2f} {acceptance:11.3f} {formula:16.3f}")
 
 
 # %% Result

@@ -1092,20 +1092,25 @@ def test_dsm_homework_sample_data(dsm_homework):
 
 @pytest.mark.parametrize("sigma", [0.1, 1.0])
 def test_dsm_homework_4_3_floor_is_the_loss_of_the_exact_score(dsm_homework, sigma):
-    x, eps = moons(0.0).sample((20000,)), normal(20000, 2, seed=5)
-    loss = (moons_score(x + sigma * eps, sigma) + eps / sigma).square().sum(1).mean().item()
-    assert dsm_homework.loss_floor(sigma) == pytest.approx(loss, rel=0.03)
-    assert dsm_homework.floor_of_loss == pytest.approx(dsm_homework.loss_floor(0.1), rel=0.02)
+    x, eps = moons(0.0).sample((20000,)).float(), normal(20000, 2, seed=5).float()
+    exact = dsm_homework.exact_score(x + sigma * eps, sigma)
+    loss = (exact + eps / sigma).square().sum(1).mean().item()
+    floor = 2 / sigma**2 - dsm_homework.score_power(sigma)
+    assert floor == pytest.approx(loss, rel=0.03)
+    expected = 2 / 0.1**2 - dsm_homework.score_power(0.1)
+    assert dsm_homework.floor_of_loss == pytest.approx(expected, rel=0.02)
+
 
 
 @pytest.mark.parametrize("factor, error", [(1, 0), (0, 1), (1.3, 0.3)])
 def test_dsm_homework_relative_error(dsm_homework, factor, error):
     def score_model(x):
-        return factor * moons_score(x, 0.2).float()
+        with torch.enable_grad():
+            return factor * moons_score(x, 0.2).float()
 
     x = moons(0.2).sample((200,)).float()
-    with torch.enable_grad():
-        measured = dsm_homework.relative_error.__wrapped__(score_model, x, 0.2)
+    matcher = dsm_homework.DenoisingScoreMatcher(score_model, (2,), 0.2)
+    measured = dsm_homework.relative_error(matcher, x)
     assert measured == pytest.approx(error, abs=1e-3)
 
 
@@ -1124,12 +1129,14 @@ def test_dsm_homework_learns():
     s = moons_score(x, 0.3)
     error = ((script.score(x.float()) - s).norm() / s.norm()).item()
     assert error < 0.3
-    assert script.history["error"][-1] == pytest.approx(error, rel=0.1)
-    assert script.history["epoch"] == [8, 16, 24, 32, 40, 48, 56, 64, 72, 80]
+    last = script.history[-1]
+    assert last["error"] == script.score_err == pytest.approx(error, rel=0.1)
+    epochs = [row["epoch"] for row in script.history]
+    assert epochs == [8, 16, 24, 32, 40, 48, 56, 64, 72, 80]
     for name in ["loss", "test_loss"]:
-        assert script.history[name][-1] == pytest.approx(script.floor_of_loss, rel=0.12)
-    expected = script.loss_floor(0.3) + error**2 * s.square().sum(1).mean().item()
-    assert script.history["test_loss"][-1] == pytest.approx(expected, rel=0.03)
+        assert last[name] == pytest.approx(script.floor_of_loss, rel=0.12)
+    expected = script.floor_of_loss + error**2 * s.square().sum(1).mean().item()
+    assert last["test_loss"] == pytest.approx(expected, rel=0.03)
 
 
 def test_dsm_homework_score_knows_one_sigma(dsm_homework):
@@ -1164,9 +1171,9 @@ def test_dsm_homework_tweedie(dsm_homework):
     within(residual * mean, 0.0)
 
 
-def test_dsm_homework_fresh_sets(dsm_homework):
+def test_dsm_homework_fresh_projections(dsm_homework):
     """Eight different sets, sorted, with the variance of the noisy data along each direction."""
-    sets = torch.stack(dsm_homework.fresh_sets(0.5))               # (8, 32, 200)
+    sets = torch.stack(dsm_homework.fresh_projections(0.5))               # (8, 32, 200)
     assert sets.shape == (8, 32, 200) and (sets.diff(dim=2) >= 0).all()
     variance = sets[:, [0, 16]].transpose(0, 1).flatten(1).var(1)  # along both axes
     expected = moons(0.5).variance.numpy()
@@ -1178,16 +1185,16 @@ def test_dsm_homework_figures(dsm_homework):
     """SW2, floor and their Tweedie twins are recomputed from the sets."""
     projected = [dsm_homework.sorted_projections(x) for x in dsm_homework.sample_sets]
     assert len(projected) == 4 and torch.equal(dsm_homework.samples, dsm_homework.sample_sets[3])
-    sw2 = dsm_homework.mean_sw2(projected, dsm_homework.fresh_sets(0.1))
+    sw2 = dsm_homework.mean_sw2(projected, dsm_homework.fresh_projections(0.1))
     assert dsm_homework.sw2 == pytest.approx(sw2, rel=0.25)
-    floor = dsm_homework.mean_sw2(dsm_homework.fresh_sets(0.1), dsm_homework.fresh_sets(0.1))
+    floor = dsm_homework.mean_sw2(dsm_homework.fresh_projections(0.1), dsm_homework.fresh_projections(0.1))
     assert dsm_homework.sw2_floor == pytest.approx(floor, rel=0.4)
-    floor = dsm_homework.mean_sw2(dsm_homework.fresh_sets(0), dsm_homework.fresh_sets(0))
+    floor = dsm_homework.mean_sw2(dsm_homework.fresh_projections(0), dsm_homework.fresh_projections(0))
     assert dsm_homework.clean_floor == pytest.approx(floor, rel=0.4)
     with torch.no_grad():
         clean = [x + 0.01 * dsm_homework.model(x) for x in dsm_homework.sample_sets]
     clean = [dsm_homework.sorted_projections(x) for x in clean]
-    expected = dsm_homework.mean_sw2(clean, dsm_homework.fresh_sets(0))
+    expected = dsm_homework.mean_sw2(clean, dsm_homework.fresh_projections(0))
     assert dsm_homework.sw2_tweedie == pytest.approx(expected, rel=0.25)
 
 
@@ -1204,64 +1211,108 @@ def test_dsm_homework_chains_that_leave(dsm_homework):
 
 
 def test_dsm_homework_run_chains(dsm_homework):
-    """The states at 10, 100 and 1000 steps are those of the class, and who leaves is seen."""
+    """The states at 10, 100 and 1000 steps are those of one long walk of the class."""
     x0 = normal(200, 2, seed=3).float()
     torch.manual_seed(4)
-    states, first_left = dsm_homework.run_chains(x0, 0.01)
-    assert list(states) == [10, 100, 1000]
+    states = dsm_homework.run_chains(dsm_homework.matcher, x0, 0.01)
     torch.manual_seed(4)
-    assert torch.equal(states[100], dsm_homework.matcher.langevin_dynamics(x0, 100, 0.01))
-    states, first_left = dsm_homework.run_chains(x0, 50.0)
-    assert first_left == 10 and dsm_homework.has_left(states[10]).any()
+    x = x0
+    for steps in range(1, 1001):
+        x = dsm_homework.matcher.langevin_dynamics(x, 1, 0.01)
+        if steps in [10, 100, 1000]:
+            assert torch.equal(states.pop(steps), x)
+    assert not states
+
+
+@pytest.mark.parametrize("eta, step", [(6.0, 3), (2.0, None)])
+def test_dsm_homework_first_to_leave(dsm_homework, eta, step):
+    """With s = -x a step multiplies by 1 - eta/2: by -2 a chain leaves from 1, by 0 it does not."""
+    matcher = dsm_homework.DenoisingScoreMatcher(torch.neg, (2,), 0.1)
+    with mock.patch.object(torch, "randn_like", torch.zeros_like):
+        assert dsm_homework.first_to_leave(matcher, torch.eye(2), eta) == step
 
 
 def test_dsm_homework_grid(dsm_homework):
-    """Its step sizes are 1/80, 1/8, 5/8 and 3/2 of the limit 0.08; its words are true."""
-    assert dsm_homework.etas == pytest.approx([0.001, 0.01, 0.05, 0.12])
-    fresh = dsm_homework.fresh_noisy
-    for eta, states in dsm_homework.grid_states.items():
-        for steps, x in states.items():
-            words = dsm_homework.grid_words[eta][steps]
-            if dsm_homework.has_left(x).any():
-                share = 100 * dsm_homework.has_left(x).double().mean().item()
-                assert words == f"{share:.0f} % have left"
-            else:
-                sw2 = dsm_homework.mean_sw2([dsm_homework.sorted_projections(x)], fresh)
-                upper = dsm_homework.upper_share(x)
-                right = (x[:, 0] > 1.1).double().mean().item()
-                ratio = sw2 / dsm_homework.sw2_floor
-                assert words == f"{ratio:.2f}, {upper:.2f}, {right:.2f}"
-    assert dsm_homework.right_share == pytest.approx(0.25, abs=0.02)
+    """Its step sizes are 1/80, 1/8, 5/8 and 2 times the limit 0.08; its figures are true."""
+    etas = pytest.approx([0.001, 0.01, 0.05, 0.16])
+    assert dsm_homework.etas == list(dsm_homework.chains) == etas
+    assert [list(states) for states in dsm_homework.chains.values()] == 4 * [[10, 100, 1000]]
+    assert dsm_homework.in_data == pytest.approx(0.25, abs=0.02)
+    x = dsm_homework.samples
+    row = dsm_homework.measure_chains(x)
+    sw2 = dsm_homework.mean_sw2([dsm_homework.sorted_projections(x)], dsm_homework.fresh_noisy)
+    assert row["ratio"] == sw2 / dsm_homework.sw2_floor
+    assert row["upper"] == dsm_homework.upper_share(x)
+    assert row["right"] == pytest.approx((x[:, 0] > 1.1).double().mean().item())
+    assert row["left"] == 0
+    row = dsm_homework.measure_chains(torch.cat([x[:150], 1000 + x[:50]]))
+    assert row["left"] == 0.25
+    assert all(math.isnan(row[name]) for name in ["ratio", "upper", "right"])
 
 
-def test_dsm_homework_one_level(dsm_homework, capsys):
+@pytest.mark.parametrize("sigma", [0.1, 1.0])
+def test_dsm_homework_exact_density(dsm_homework, sigma):
+    """It is proportional to the density."""
+    x = moons(sigma).sample((100,))
+    ratio = dsm_homework.exact_density(x.float(), sigma) / moons(sigma).log_prob(x).exp()
+    assert (ratio / ratio[0]).numpy() == pytest.approx(1, rel=1e-3)
+
+
+def test_dsm_homework_loss_at_test_points(dsm_homework):
+    """Over the test points: of s = 0 it is 2/sigma^2, within the spread of 20 x 20 draws."""
+    matcher = dsm_homework.DenoisingScoreMatcher(torch.zeros_like, (2,), 0.5)
+    loss = dsm_homework.loss_at_test_points(matcher)
+    assert loss == pytest.approx(2 / 0.25, rel=4 / math.sqrt(20 * 20))
+    torch.manual_seed(3)
+    points = []
+    matcher.score_model = points.append
+    with pytest.raises(TypeError):
+        dsm_homework.loss_at_test_points(matcher)
+    mean = points[0].view(20, 20, 2).mean(0)
+    close(mean, dsm_homework.x_test, rtol=0, atol=4.5 * 0.5 / math.sqrt(20))
+
+
+def test_dsm_homework_measure_level(dsm_homework):
     """With the exact score and perfect samples of q_0.3 the row says so."""
     def score_model(x):
         return dsm_homework.exact_score(x, 0.3)
 
     matcher = dsm_homework.DenoisingScoreMatcher(score_model, (2,), 0.3)
     x = moons(0.3).sample((200,)).float()
-    _, axs = plt.subplots(2)
-    dsm_homework.one_level(matcher, 0.123, x, 0.3, axs)
-    plt.close("all")
-    row = [float(word) for word in capsys.readouterr().out.split()]
-    assert row[:3] == [0.3, 0.123, 0.0]
-    assert 0.5 < row[3] < 2
+    row = dsm_homework.measure_level(matcher, x)
+    assert row["error"] == pytest.approx(0, abs=1e-6) == row["plane"]
+    assert 0.5 < row["noisy"] < 2
     fresh, floor = dsm_homework.fresh_clean, dsm_homework.clean_floor
-    for value, points in [(row[4], x), (row[5], x + 0.09 * score_model(x))]:
+    for name, points in [("clean", x), ("tweedie", x + 0.09 * score_model(x))]:
         sw2 = dsm_homework.mean_sw2([dsm_homework.sorted_projections(points)], fresh)
-        assert value == pytest.approx(sw2 / floor, abs=0.006)
-    assert row[6] == pytest.approx(dsm_homework.upper_share(x), abs=0.006)
+        assert row[name] == pytest.approx(sw2 / floor)
+    assert row["upper"] == dsm_homework.upper_share(x)
 
 
-def test_dsm_homework_train_and_sample(dsm_homework):
-    """A new network at the new level; half the epochs; steps of an eighth of the limit."""
-    with mock.patch.object(dsm_homework.DenoisingScoreMatcher, "sample",
-                           autospec=True, return_value="samples") as sample:
-        matcher, error, samples = dsm_homework.train_and_sample(0.3)
-    assert matcher.sigma.item() == pytest.approx(0.3) and samples == "samples"
-    assert matcher.score_model is not dsm_homework.model and 0.2 < error < 3
-    assert sample.call_args[0][1:] == (200, 12, pytest.approx(4 * (0.3**2 + 0.1**2) / 8))
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_dsm_homework_measure_level_sees_errors(dsm_homework, factor):
+    """Under q_sigma and on the plane the error of factor * s is |factor - 1|."""
+    def score_model(x):
+        return factor * dsm_homework.exact_score(x, 0.3)
+
+    matcher = dsm_homework.DenoisingScoreMatcher(score_model, (2,), 0.3)
+    row = dsm_homework.measure_level(matcher, 3 + dsm_homework.samples)
+    assert row["error"] == row["plane"] == pytest.approx(abs(factor - 1))
+    assert min(row["noisy"], row["clean"]) > 5
+
+
+@pytest.mark.parametrize("sigma, epochs, steps", [(0.03, 3, 12), (0.3, 1, 4)])
+def test_dsm_homework_train_and_sample(dsm_homework, sigma, epochs, steps):
+    """A new network at the new level; above 0.1 a third of the way; an eighth of the limit."""
+    with (mock.patch.object(dsm_homework.DenoisingScoreMatcher, "sample",
+                            autospec=True, return_value="samples") as sample,
+          mock.patch.dict(dsm_homework.train_and_sample.__globals__,
+                          train=mock.Mock()) as names):
+        matcher, samples = dsm_homework.train_and_sample(sigma)
+        assert names["train"].call_args[0] == (matcher, epochs)
+    assert matcher.sigma.item() == pytest.approx(sigma) and samples == "samples"
+    assert matcher.score_model is not dsm_homework.model
+    assert sample.call_args[0][1:] == (200, steps, pytest.approx(4 * (sigma**2 + 0.1**2) / 8))
     assert list(dsm_homework.trained) == [0.1, 0.03, 0.3, 1.0]
 
 
@@ -1339,14 +1390,14 @@ def test_dsm_homework_6_5_preconditioning(dsm_homework):
 def test_dsm_homework_6_3_gaussians(dsm_homework):
     """Of the extras' Gaussians: variances, and scores that are gradients of their log density."""
     assert dsm_homework.variances.tolist() == pytest.approx([1, 0.02])
-    assert torch.equal(dsm_homework.covariance, dsm_homework.variances.diag())
     x = normal(6, 2).float().requires_grad_()
-    for log_density, score in [(dsm_homework.log_gaussian, dsm_homework.score_gaussian),
-                               (dsm_homework.log_gaussian, dsm_homework.gaussian_score),
-                               (dsm_homework.log_normal, dsm_homework.score_normal)]:
+    for name in ["gaussian", "normal"]:
+        log_density = getattr(dsm_homework, f"{name}_log_density")
+        score = getattr(dsm_homework, f"{name}_score")
         gradient = torch.autograd.grad(log_density(x).sum(), x)[0]
         torch.testing.assert_close(score(x), gradient)
-    close(dsm_homework.log_normal(x).detach(), -x.detach().square().sum(1) / 2, rtol=1e-5)
+    close(dsm_homework.normal_score(x), -x)
+    close(dsm_homework.gaussian_score(x), -x / torch.tensor([1, 0.02]), rtol=1e-5)
 
 
 def test_dsm_homework_6_3_mala_is_exact(dsm_homework):
@@ -1404,9 +1455,8 @@ def test_dsm_homework_6_5_printed_tables(dsm_homework):
             for _ in range(100):
                 variance = (1 - step / (2 * V)) ** 2 * variance + step * temperature
             assert row[0] == pytest.approx(eta) and row[2] == pytest.approx(variance, rel=0.05)
-            share = row[1]
-            assert share in [0.125, 0.625]
-            assert row[4] == pytest.approx(temperature / (1 - share), abs=1e-3)
+            assert row[1] in [0.125, 0.625]
+            assert row[4] == pytest.approx(temperature / (1 - row[1]), abs=1e-3)
             error = (row[3] / row[4] - 1) / math.sqrt(2 / 20000)
             assert row[5] == pytest.approx(error, abs=0.3) and abs(row[5]) < 4
         assert len(rows(dsm_homework.printed, name)) == len(settings)
@@ -1417,8 +1467,10 @@ def test_dsm_homework_6_5_printed_tables(dsm_homework):
     for row, accepted in zip([*mala, last], [0.97, 0.71, 0.56]):
         assert row[3] == pytest.approx(1, abs=0.05)
         assert row[4] == pytest.approx(accepted, abs=0.02)
-    for eta, measured, formula in rows(dsm_homework.printed, 25 * " ")[-4:]:
-        exact = 2 * scipy.stats.norm.cdf(-math.sqrt(eta**3 * 100) / 8)
+    table = dsm_homework.printed.partition("MALA on N(0, I)")[2]
+    assert len(rows(table, 17 * " ")) == 6
+    for d, eta, measured, formula in rows(table, 17 * " "):
+        exact = 2 * scipy.stats.norm.cdf(-math.sqrt(d * eta**3) / 8)
         assert formula == pytest.approx(exact, abs=1e-3)
         assert measured == pytest.approx(formula, abs=0.02)
 
