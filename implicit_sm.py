@@ -229,9 +229,9 @@ def compute_score_matching_loss(model, x):
     s = model(x)                                         # (B, d)
     trace = 0
     for i in range(x.shape[1]):
-        # create_graph: the weights' gradient will be taken of this derivative. (Without it the
-        # trace would be a constant to the weights, and s = 0 the best. It also keeps the graph for
-        # the next i, as 003's retain_graph does.)
+        # create_graph: the weights' gradient will be taken of this derivative. (It also keeps the
+        # graph for the next i. With retain_graph alone the trace would be a constant to the
+        # weights, and s = 0 the best.)
         grad_i, = torch.autograd.grad(s[:, i].sum(), x, create_graph=True)     # (B, d)
         trace = trace + grad_i[:, i]                     # ds_i/dx_i at each point, (B,)
     return (0.5 * s.square().sum(dim=1) + trace).mean()
@@ -411,7 +411,10 @@ def print_row(name, history, measured):
 measured_1d = measure(model_1d, law_1d, x_fresh_1d)
 measured_2d = measure(model, law_2d, x_fresh)
 measured_hutchinson = measure(model_hutchinson, law_2d, x_fresh)
-half_fisher_2d = 0.5 * exact_score(x_fresh).square().sum(dim=1).mean().item()   # by fresh points
+axis = torch.linspace(-8, 8, 321)                        # I/2 in 2-D: a sum over cells 0.05 wide
+plane = torch.cartesian_prod(axis, axis)
+square = exact_score(plane).square().sum(dim=1)
+half_fisher_2d = (law_2d.density(plane) * square / 2).sum().item() * 0.05**2
 
 print(f"\nImplicit loss (least possible: -I/2 = {-half_fisher_1d:.3f} in 1-D, "
       f"{-half_fisher_2d:.3f} in 2-D)\nnetwork                    {columns}")

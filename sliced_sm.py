@@ -1,463 +1,815 @@
-r"""Sliced score matching and its relatives side by side: what each loss learns, how much it scatters, what a step costs.
+"""Sliced score matching: look at the score along one random direction instead of all d.
 
-Reads beside: notes 003 section 4.2.3 (whole, with its table of methods); 002 part 1.3-4; theory.md 5.
+    score        s(x), to be grad log p(x): an arrow towards where the data are denser
+    training     minimise the mean of v^T J v + (v^T s)^2 / 2, where J = ds/dx is the Jacobian and
+                 v a random direction, a slice, with E[v v^T] = I; v^T J v takes one backward pass
+    sampling     x + eta/2 s(x) + sqrt(eta) z, many times: half a step along the arrow, and noise
 
-    python sliced_sm.py                                       # all four parts
-    python sliced_sm.py --slices sphere --n_slices 4          # other directions, more of them
-    python sliced_sm.py --data gmm2 --loss dsm --dim 10       # other data; samples from the model of another loss
+    python sliced_sm.py                          # look at out_sliced_sm/training.png
+    python sliced_sm.py --data gmm2 --n_slices 4 --slices sphere
+    python sliced_sm.py --help                   # all settings; in a notebook, edit their defaults
 
-Part 1 trains the same network on the same data with every loss, part 2 measures the variance of the losses, part 3 the time
-of a step from 2 to 1000 dimensions, part 4 shows three traps. The score of the data is known: every error is an exact one.
+The same network is trained by this loss, ssm, and by five relatives of it, on two moons and on data
+in 20 dimensions. The data are mixtures of Gaussians, so the exact score is known, and every error
+is one against the truth. The default run takes 43 s on one core (Python 3.11, torch 2.13.0). Its
+last line:
 
-A good run takes 60 s (2 CPU cores, Python 3.11, torch 2.13.0) and ends like this (errors in 20-D, costs in DSM steps at d = 100):
-    ... err_explicit=0.1283 err_exact=0.2201 err_ssm=0.3781 err_ssm_vr=0.2478 err_fd_ssm=0.3781 err_dsm=0.2466
-    SW2=0.052 floor=0.0363 law_gap=0.056 fd_order=2.0 cost_ssm_vr=1.38 cost_exact=26.2 train_s=27.3
+    data=moons ... err_exact=0.2312 err_ssm=0.3966 err_ssm_vr=0.261 ... SW2=0.0372 floor=0.0312 ...
+
+err_... is the relative error of the score that a loss has learned in 20 dimensions: 0 is exact, 1
+no better than s = 0. (exact is the loss without slices, ssm_vr the sliced loss with less variance.)
+SW2 is the sliced Wasserstein distance of the samples, those of two moons, to fresh data, and its
+floor that of fresh data to other fresh data: samples with up to 1.5 floors are good.
+
+Read beside: notes 003 section 4.2.3; 002 part 1.3 and 1.4; theory.md section 5.
 """
-# %% Imports and settings
+# %% Settings
 import argparse
 import copy
 import json
 import math
+import os
 import sys
-import tempfile
 import time
 from functools import partial
-from itertools import combinations, product
-from pathlib import Path
-
-# Ctrl-C and a closed pipe take one line, not a traceback; also during the imports below, which take seconds
-sys.excepthook = lambda kind, *rest: (print("\nstopped by", kind.__name__, file=sys.stderr)
-                                      if kind in (KeyboardInterrupt, BrokenPipeError) else sys.__excepthook__(kind, *rest))
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
 from sklearn.datasets import make_moons
+from torch.distributions import MultivariateNormal
 from tqdm.auto import tqdm
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] + " Lengths are in data units.",
+
+def number(kind, low, high):
+    """An argparse type: a number of this kind, between low and high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+    parse.__name__ = kind.__name__                  # argparse names it in its message
+    return parse
+
+
+parser = argparse.ArgumentParser(description="Sliced score matching and its relatives",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--data", default="moons", choices=["moons", "gmm2"], help="which 2-D law")
-parser.add_argument("--loss", default="ssm_vr", choices=["explicit", "exact", "ssm", "ssm_vr", "fd_ssm", "dsm"],
-                    help="whose 2-D model is kept and sampled; every one is trained")
-parser.add_argument("--slices", default="rademacher", choices=["rademacher", "gaussian", "sphere"], help="law of the directions v")
-parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: cuda where there is one, else cpu")
-parser.add_argument("--outdir", default="out_sliced_sm", help="folder for pictures, samples.npy, model.pt and summary.json")
-NUMBERS = [   # flag, default, lowest, highest (of the flag's type), meaning
-    ("n", 50000, 10, 10**7, "training points"),
-    ("dim", 20, 1, 1000, "dimension of the second data set, a mixture of three correlated Gaussians"),
-    ("n_slices", 1, 1, 10**4, "directions per point"),
-    ("h", 0.01, 1e-8, 10.0, "step of the finite differences"),
-    ("sigma", 0.1, 1e-4, 1e4, "noise of denoising score matching, which learns q_sigma instead of p"),
-    ("hidden", 64, 1, 8192, "width of the network"),
-    ("layers", 3, 1, 64, "hidden layers"),
-    ("steps", 600, 1, 10**7, "training steps"),
-    ("batch", 256, 1, 10**6, "data points per step; not more than n"),
-    ("lr", 1e-2, 1e-8, 100.0, "peak of the one-cycle learning rate"),
-    ("points", 20000, 10, 10**7, "points behind each variance"),
-    ("d_max", 1000, 2, 1000, "largest dimension in which a step is timed"),
-    ("K", 500, 1, 10**5, "Langevin steps"),
-    ("eta", 0.01, 1e-8, 100.0, "size of a Langevin step, x + (eta/2) s + sqrt(eta) z"),
-    ("n_samples", 2000, 2, 10**6, "points in samples.npy and in every set behind an SW2"),
-    ("seed", 0, 0, 2**32 - 1, "seed of everything random"),
-]
-for flag, default, low, high, meaning in NUMBERS:
-    parser.add_argument(f"--{flag}", type=type(high), default=default, help=f"{meaning} [{low:g} ... {high:g}]")
-args = parser.parse_args([] if "kernel_launcher" in sys.argv[0] else None)   # a notebook's argv belongs to its kernel
-for flag, default, low, high, meaning in NUMBERS:
-    value = getattr(args, flag)
-    if value is not None and not low <= value <= high:   # refuses nan as well
-        parser.error(f"argument --{flag}: {value:g} is outside [{low:g}, {high:g}]")
+parser.add_argument("--data", default="moons", choices=["moons", "gmm2"], help="the data in 2-D")
+parser.add_argument("--dim", type=number(int, 1, 1000), default=20,
+                    help="dimension of the other data, three correlated Gaussians")
+parser.add_argument("--n", type=number(int, 10, 10**7), default=50_000, help="training points")
+parser.add_argument("--loss", default="ssm_vr", help="whose network makes samples.npy",
+                    choices=["explicit", "exact", "ssm", "ssm_vr", "fd_ssm", "dsm"])
+parser.add_argument("--slices", default="rademacher", help="what is drawn for a direction",
+                    choices=["rademacher", "gaussian", "sphere"])
+parser.add_argument("--n_slices", type=number(int, 1, 10**4), default=1,
+                    help="directions for each point and step")
+parser.add_argument("--h", type=number(float, 1e-8, 10), default=0.01,
+                    help="step of the finite differences (fd_ssm), in units of the direction")
+parser.add_argument("--sigma", type=number(float, 1e-4, 1e4), default=0.1,
+                    help="noise of denoising score matching (dsm), in units of the data")
+parser.add_argument("--hidden", type=number(int, 1, 8192), default=64, help="width of the network")
+parser.add_argument("--layers", type=number(int, 1, 64), default=3, help="hidden layers")
+parser.add_argument("--steps", type=number(int, 1, 10**5), default=500, help="training steps")
+parser.add_argument("--batch", type=number(int, 1, 10**6), default=256, help="points in a step")
+parser.add_argument("--lr", type=number(float, 1e-8, 1), default=0.01, help="peak of the rate")
+parser.add_argument("--K", type=number(int, 1, 10**5), default=500, help="Langevin steps")
+parser.add_argument("--eta", type=number(float, 1e-8, 100), default=0.01,
+                    help="Langevin step, below its limit (moons 0.16, gmm2 1.9)")
+parser.add_argument("--n_samples", type=number(int, 2, 10**6), default=2000,
+                    help="points in a set of samples")
+parser.add_argument("--d_max", type=number(int, 2, 1000), default=1000,
+                    help="largest dimension in which a training step is timed")
+parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
+parser.add_argument("--outdir", default="out_sliced_sm", help="folder for pictures and results")
+in_notebook = "kernel_launcher" in sys.argv[0]      # there the command line is the kernel's
+args = parser.parse_args([] if in_notebook else None)
 if args.batch > args.n:
-    parser.error(f"argument --batch: {args.batch} is more than the {args.n} points of --n; give a smaller --batch")
-available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-if args.device != "auto" and not available[args.device]:
-    parser.error(f"argument --device: no {args.device} on this machine")
-device = torch.device(args.device if args.device != "auto" else "cuda" if available["cuda"] else "cpu")
-try:
-    Path(args.outdir).mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.outdir).close()   # better to learn it now than after the training
+    parser.error(f"argument --batch: {args.batch} is more than the {args.n} points of --n")
+# Longer Langevin steps than four times the smallest variance of the Gaussians overshoot and run
+# away (theory.md 6.2).
+limit = {"moons": 0.16, "gmm2": 1.9}[args.data]
+if args.eta >= limit:
+    parser.error(f"argument --eta: {args.eta:g} is not below the limit of a Langevin step, {limit}")
+try:                                                     # all settings are right: make the folder
+    os.makedirs(args.outdir, exist_ok=True)
 except OSError as error:
-    parser.error(f"argument --outdir: cannot write to {args.outdir!r} ({error.strerror})")
-torch.set_num_threads(1)   # as fast as 2 for so small a network, and not 10 times slower when another program is busy
-
-# %% Data: mixtures of Gaussians with equal weights, so that their score is known
-def seeded(offset):
-    """A generator of its own for evaluation and sampling, so that looking at the model does not change its training."""
-    return torch.Generator().manual_seed(10**6 * args.seed + offset)
-
-def mixture(name, d=2):
-    """A law: centres (M, d), principal axes as columns (M, d, d) and variances along them (M, d), all float64."""
-    if name == "moons":   # dense enough for one smooth density; with dsm_2d's noise 0.06 its Jacobian would be 10 times larger
-        centres, covs = torch.tensor(make_moons(80, shuffle=False)[0]), 0.2**2 * torch.eye(2, dtype=torch.float64).expand(80, 2, 2)
-    elif name == "gmm2":
-        centres = torch.tensor([[0.0, 0.0], [3.0, 3.0]], dtype=torch.float64)
-        covs = torch.tensor([[[1.0, 0.3], [0.3, 1.2]], [[0.6, -0.2], [-0.2, 0.8]]], dtype=torch.float64)
-    else:
-        centres = 2 * nn.functional.normalize(torch.randn(3, d, generator=seeded(50), dtype=torch.float64))
-        turns = torch.linalg.qr(torch.randn(3, d, d, generator=seeded(51), dtype=torch.float64))[0]
-        covs = turns * torch.logspace(math.log10(0.3), math.log10(2), d, dtype=torch.float64) @ turns.mT
-    variances, axes = torch.linalg.eigh(covs)
-    return centres, axes, variances
-
-def sample_data(law, n, generator):
-    """n i.i.d. points (n, d) of a law: a random centre plus its noise."""
-    centres, axes, variances = law
-    k = torch.randint(len(centres), (n,), generator=generator)
-    noise = variances[k].sqrt() * torch.randn(n, centres.shape[1], generator=generator, dtype=torch.float64)
-    for i in range(len(centres)):
-        noise[k == i] = noise[k == i] @ axes[i].T
-    return (centres[k] + noise).float()
-
-def mixture_score(law, x, sigma=0.0):
-    """grad log q_sigma(x) (B, d), q_sigma the law convolved with N(0, sigma^2 I): a softmax mean of the Gaussians' scores."""
-    centres, axes, variances = law
-    pieces, var = [], variances + sigma**2                               # (M, d)
-    for x_i in x.detach().cpu().double().split(500):
-        y = torch.einsum("kji,bkj->bki", axes, centres - x_i[:, None])   # (B, M, d) towards the centres, along their axes
-        w = (-0.5 * (y**2 / var + var.log()).sum(-1)).softmax(dim=1)     # (B, M)
-        pieces.append(torch.einsum("bk,kij,bkj->bi", w, axes, y / var))
-    return torch.cat(pieces).to(x.dtype).to(x.device)
-
-DATA = {}   # name: law, training points (n, d), [(points of p, their score), (points of q_sigma, their score)]
-for name, d in [(args.data, 2), ("correlated", args.dim)]:
-    law = mixture(name, d)
-    x, noise = sample_data(law, 4000, seeded(1)).to(device), torch.randn(4000, d, generator=seeded(2)).to(device)
-    checks = [(y, mixture_score(law, y, sigma)) for y, sigma in [(x, 0.0), (x + args.sigma * noise, args.sigma)]]
-    DATA[name] = law, sample_data(law, args.n, seeded(0)).to(device), checks
-law, x_data, _ = DATA[args.data]
-exact_score = partial(mixture_score, law)   # x (B, 2) -> (B, 2)
-
-# %% Model
-class ScoreMLP(nn.Module):
-    """(B, d) -> (B, d): the score of one isotropic Gaussian with the data's variance, plus a network that starts at 0."""
-    def __init__(self, x, hidden=64, num_layers=3, activation=nn.SiLU):   # a smooth one: part 4 shows what ReLU does
-        super().__init__()
-        self.register_buffer("mean", x.mean(0))
-        self.register_buffer("scale", x.var(0).mean().sqrt())
-        sizes = [x.shape[1]] + [hidden] * num_layers
-        blocks = [nn.Sequential(nn.Linear(a, b), activation()) for a, b in zip(sizes, sizes[1:])]
-        self.net = nn.Sequential(*blocks, nn.Linear(hidden, x.shape[1]))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, x):
-        x = (x - self.mean) / self.scale
-        return (self.net(x) - x) / self.scale
-
-# %% Loss
-# Each is loss(score_fn, x, v, c) -> (B,): score_fn maps (B, d) to (B, d), v (m, B, d) are directions with E[v v'] = c I. J = ds/dx.
-# All but dsm have the mean E[tr J + |s|^2/2] = E|s - grad log p|^2/2 - E|grad log p|^2/2 (explicit: without the last term):
-#     explicit  nothing is projected       nothing differentiated        1 forward, and the exact score: the oracle
-#     exact     nothing                    s along all d axes            1 forward, d backward
-#     ssm_vr    J on v                     s along v                     1 forward, 1 backward per slice
-#     ssm       J and s on v               s along v                     1 forward, 1 backward per slice
-#     fd_ssm    J and s on v               a difference of s along v     2 forward per slice
-#     dsm       nothing                    nothing: it learns q_sigma    1 forward per noise
-# Training adds one pass back through all of it. theory.md 5.
-def slices(x, kind="rademacher", m=1):
-    """m directions v for each point of x (B, d), (m, B, d), and c. The d "axes" are slices, too: with them nothing is random."""
-    d = x.shape[1]
-    if kind is None:
-        return None, 1.0
-    if kind == "axes":
-        return torch.eye(d, dtype=x.dtype, device=x.device)[:, None].expand(d, *x.shape), 1 / d
-    v = torch.randn(m, *x.shape, dtype=x.dtype, device=x.device)
-    v = {"rademacher": v.sign(), "gaussian": v, "sphere": v / v.norm(dim=-1, keepdim=True)}[kind]
-    return v, 1 / d if kind == "sphere" else 1.0   # 003's theorem has c = 1, its text and its code have unit vectors
-
-@torch.enable_grad()   # 003's code fails under no_grad
-def directional(score_fn, x, v, loop=False):
-    """s (B, d) and v'J (m, B, d), differentiable once more: one backward pass per slice, all at once (vmap) or in a loop."""
-    x = x.detach().requires_grad_()   # 003's requires_grad_ stays on the caller's data
-    s = score_fn(x)
-    if loop or len(v) == 1:
-        return s, torch.stack([torch.autograd.grad(s, x, v_i, create_graph=True)[0] for v_i in v])
-    return s, torch.autograd.grad(s, x, v, is_grads_batched=True, create_graph=True)[0]
-
-def explicit(score_fn, x, v=None, c=1.0, target=exact_score):
-    """|s - grad log p|^2/2."""
-    return 0.5 * (score_fn(x) - target(x)).square().sum(-1)
-
-def sliced_score_matching_loss(score_fn, x, v, c=1.0):
-    """SSM: (v'Jv + (v's)^2/2)/c. 003's draws unit v and is 2/d times this; its "more stable" version is the same to the last bit."""
-    s, vJ = directional(score_fn, x, v)
-    return (((vJ * v).sum(-1) + 0.5 * (s * v).sum(-1) ** 2) / c).mean(0)
-
-def ssm_vr(score_fn, x, v, c=1.0, loop=False):
-    """SSM-VR: v'Jv/c + |s|^2/2, as E(v's)^2 = c |s|^2 is known. It is Hutchinson's estimator, and with the axes the exact trace."""
-    s, vJ = directional(score_fn, x, v, loop)
-    return ((vJ * v).sum(-1) / c).mean(0) + 0.5 * s.square().sum(-1)
-
-def fd_ssm(score_fn, x, v, c=1.0, h=args.h):
-    """SSM up to O(h^2), first orders cancel: v'(s+ - s-)/2h in the place of v'Jv, v'(s+ + s-)/2 in that of v's."""
-    s_plus, s_minus = score_fn(torch.cat([x + h * v, x - h * v]).flatten(0, 1)).view(2, *v.shape)   # (m, B, d) each
-    vJv, vs = (v * (s_plus - s_minus)).sum(-1) / (2 * h), (v * (s_plus + s_minus)).sum(-1) / 2      # (m, B)
-    return ((vJv + 0.5 * vs**2) / c).mean(0)
-
-def dsm(score_fn, x, v=None, c=1.0, sigma=args.sigma, signs=(1, -1)):
-    """|e|^2/2, e = s(x + sigma eps) + eps/sigma, mean over eps and -eps (theory.md 4.5); with v 003's "sliced" one, (v'e)^2/2c."""
-    eps = torch.tensor(signs, device=x.device)[:, None, None] * torch.randn_like(x)    # (signs, B, d)
-    e = score_fn((x + sigma * eps).flatten(0, 1)).view(eps.shape) + eps / sigma        # (signs, B, d)
-    square = e.square().sum(-1) if v is None else ((e[:, None] * v).sum(-1) ** 2 / c).mean(1)
-    return 0.5 * square.mean(0)
-
-LOSSES = {   # name: (loss, kind of slices)
-    "explicit": (explicit, None), "exact": (ssm_vr, "axes"), "ssm": (sliced_score_matching_loss, args.slices),
-    "ssm_vr": (ssm_vr, args.slices), "fd_ssm": (fd_ssm, args.slices), "dsm": (dsm, None)}
-
-def parts(x, kind, m, limit=2**22):
-    """x (B, d) cut so that v and each layer hold at most `limit` numbers: bounded memory, also for the exact trace at large d."""
-    return x.split(max(1, limit // ({"axes": x.shape[1], None: 1}.get(kind, m) * max(x.shape[1], args.hidden))))
-
-# %% Training: part 1, every loss from the same start, with the same batches and the same slices
-def save(name, write):
-    """Write outdir/name under a temporary name first: what stands there is always whole."""
-    temporary = Path(args.outdir, "unfinished_" + name)
-    try:
-        write(temporary)
-        temporary.replace(Path(args.outdir, name))
-    except (OSError, RuntimeError) as error:   # a full disk; torch.save has its own kind of it
-        sys.exit(f"cannot write {name} to {args.outdir!r}; is the disk full? ({str(error).splitlines()[0]})")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-clock = time.process_time if device.type == "cpu" else time.perf_counter   # processor time leaves out other programs
-
-def training_step(net, optimizer, x, loss, kind, m=args.n_slices):
-    """One step down the gradient of a batch's mean loss, which is added part by part; the seconds it took."""
-    started = clock()
-    optimizer.zero_grad()
-    for part in parts(x, kind, m):
-        (loss(net, part, *slices(part, kind, m)).sum() / len(x)).backward(inputs=list(net.parameters()))   # not those of x
-    optimizer.step()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()   # until then it may still be at work
-    return clock() - started
-
-def train(data, name, loss, kind, activation=nn.SiLU):
-    """The network of one run and its history: (step, seconds of training so far, error against p, error against q_sigma)."""
-    law, x_train, checks = DATA[data]
-    loss = partial(explicit, target=partial(mixture_score, law)) if loss is explicit else loss
-    torch.manual_seed(args.seed)
-    net = ScoreMLP(x_train, args.hidden, args.layers, activation).to(device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 10, pct_start=0.1)   # +10: 10 divides by 0
-    batches, seconds, history = seeded(3), 0.0, []
-    for step in (bar := tqdm(range(1, args.steps + 1), desc=f"{data}, {name}", mininterval=0.5, leave=False)):
-        x = x_train[torch.randint(args.n, (args.batch,), generator=batches).to(device)]
-        seconds += training_step(net, optimizer, x, loss, kind)
-        scheduler.step()
-        if step % max(1, args.steps // 12) == 0 or step == args.steps:
-            errors = [((net(x) - exact).norm() / exact.norm()).item() for x, exact in checks]   # sqrt(E|s - s*|^2/E|s*|^2)
-            history.append((step, seconds, *errors))
-            bar.set_postfix_str(f"error {errors[0]:.3f}")
-            if not errors[0] < 100:
-                sys.exit(f"diverged at step {step}: {name} on {data}, error {errors[0]:.3g}; try a --lr below {args.lr:g}")
-    return net, np.array(history)
-
-runs = {(data, name): train(data, name, *loss) for data in DATA for name, loss in LOSSES.items()}
-final = lambda name, data=args.data, column=2: runs[data, name][1][-1, column]   # column 1: seconds, 2: error against p, 3: q_sigma
-print(f"\n1. {args.steps} equal steps, {args.n_slices} {args.slices} slice(s): relative score error against p and q_sigma, 1 for s = 0")
-print(f"          {args.data}, d = 2: p  q_{args.sigma:<5g}  sec    correlated, d = {args.dim}: p  q_{args.sigma:<5g}  sec  (p) / exact's")
-for name in LOSSES:
-    row = [final(name, data, column) for data in DATA for column in (2, 3, 1)]
-    print("{:10s}{:15.3f}{:8.3f}{:6.1f}{:25.3f}{:8.3f}{:6.1f}{:10.2f}".format(name, *row, row[3] / final("exact", "correlated")))
-model = runs[args.data, args.loss][0]
-save("model.pt", lambda file: torch.save(model.state_dict(), file))
-
-@torch.no_grad()
-def score(x, net=model):
-    """What --loss has learned at x (B, 2): grad log p, with dsm grad log q_sigma, (B, 2)."""
-    return net(x)
-
-# %% Sampling
-@torch.no_grad()
-def langevin_dynamics(score, x, eta, K, generator):
-    """K steps x + (eta/2) s + sqrt(eta) z, which end in the law with this score up to a bias of order eta."""
-    for _ in range(K):
-        x = x + eta / 2 * score(x) + math.sqrt(eta) * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    return x
-
-directions = torch.stack([f(torch.arange(32) * math.pi / 32) for f in (torch.cos, torch.sin)])   # (2, 32)
-
-def projections(x):
-    """(n, 2) -> (32, n): sorted projections. The RMS difference of two of these is the sliced 2-Wasserstein distance SW2."""
-    return (x.cpu() @ directions).T.sort().values
-
-mean_sw2 = lambda pairs: float(np.mean([(a - b).square().mean().sqrt() for a, b in pairs]))
-
-root = torch.linalg.cholesky(torch.cov(x_data.T))
-starts = [x_data.mean(0) + torch.randn(args.n_samples, 2, generator=seeded(100 + i)).to(device) @ root.T for i in range(3)]
-sets = [langevin_dynamics(score, start, args.eta, args.K, seeded(200 + i)).cpu() for i, start in enumerate(starts)]
-if not (torch.stack(sets).abs() < 1000).all():
-    sys.exit(f"Langevin dynamics diverged: take an --eta below {args.eta:g}, or train longer")
-samples = sets[0]   # (n_samples, 2)
-fresh = [projections(sample_data(law, args.n_samples, seeded(300 + i))) for i in range(8)]
-sw2, sw2_floor = mean_sw2(product(map(projections, sets), fresh)), mean_sw2(combinations(fresh, 2))
-print(f"\nSW2 (data units) of {args.n_samples} Langevin samples of {args.loss} to fresh data: {sw2:.4f}; "
-      f"floor, two fresh sets: {sw2_floor:.4f}")
-save("samples.npy", lambda file: np.save(file, samples.numpy()))
-
-# %% Checks: part 2, variance of a loss at one point
-KINDS, M, one_eps = ["rademacher", "gaussian", "sphere"], (1, 3, 10), partial(dsm, signs=(1,))
-net, points = runs["correlated", "ssm_vr"][0], sample_data(DATA["correlated"][0], args.points, seeded(4)).to(device)
-
-def slicing_variance(A, kind):
-    """Var over v of v'Av/c for matrices A (B, d, d), (B,); theory.md 5.4."""
-    A = (A + A.mT) / 2
-    square, diagonal, d = A.square().sum((1, 2)), A.diagonal(dim1=1, dim2=2), A.shape[1]
-    return {"gaussian": 2 * square, "rademacher": 2 * (square - diagonal.square().sum(1)),
-            "sphere": 2 * d / (d + 2) * (square - diagonal.sum(1) ** 2 / d)}[kind]
-
-def added_by_a_slice(score_fn, x, v, c):
-    """slicing_variance at x of J, J + s s'/2, e e'/2 (what ssm_vr, ssm, sliced dsm project), three kinds each, (B, 9); v: the axes."""
-    s, J = directional(score_fn, x, v)                                             # (B, d), (d, B, d)
-    eps, half = torch.randn_like(x), lambda a: a[:, :, None] * a[:, None] / 2
-    e, J = score_fn(x + args.sigma * eps) + eps / args.sigma, J.transpose(0, 1)    # (B, d), (B, d, d)
-    return torch.stack([slicing_variance(A, kind) for A in (J, J + half(s), half(e)) for kind in KINDS], dim=1)
-
-def at_points(loss, kind, m=1):
-    """A loss at all points, (n, ...), part by part."""
-    return torch.cat([loss(net, x, *slices(x, kind, m)).detach() for x in parts(points, kind, m)])
+    parser.error(f"argument --outdir: cannot make {args.outdir} ({error.strerror})")
+if not os.access(args.outdir, os.W_OK):
+    parser.error(f"argument --outdir: cannot write to {args.outdir}")
 
 torch.manual_seed(args.seed)
-whole, whole_dsm = at_points(ssm_vr, "axes"), at_points(one_eps, None)
-added = at_points(added_by_a_slice, "axes").mean(0).view(3, 3).tolist()
-print(f"\n2. Variance of a loss at one of {args.points} points, d = {args.dim}, with m slices, and in brackets the law of total variance")
-print(f"no slices: exact {whole.var():.4g}, mean {whole.mean():.4g}; dsm with one eps {whole_dsm.var():.4g}, mean {whole_dsm.mean():.4g}")
-line = "{:24}" + "{:<23}" * len(M) + "{}"
-print(line.format("m", *M, "mean"))
-print(line.format("003: Var(exact)/m", *[f"{whole.var() / m:.4g}" for m in M], ""))
-variance = {}   # (name, kind): [(m, measured, law)]
-for name, loss, base, extras in [("ssm_vr", ssm_vr, whole, added[0]), ("ssm", sliced_score_matching_loss, whole, added[1]),
-                                 ("fd_ssm", fd_ssm, whole, added[1]), ("sliced dsm", one_eps, whole_dsm, added[2])]:
-    for kind, extra in zip(KINDS, extras):
-        values = [at_points(loss, kind, m) for m in M]
-        variance[name, kind] = np.array([(m, y.var().item(), base.var().item() + extra / m) for m, y in zip(M, values)])
-        cells = [f"{measured:.4g} ({expected:.4g})" for _, measured, expected in variance[name, kind]]
-        print(line.format(f"{name}, {kind}", *cells, f"{values[-1].mean():.4g}"))
-law_gap = max(np.abs(rows[:, 1] / rows[:, 2] - 1).max() for rows in variance.values())
-print(f"largest deviation from the law {law_gap:.1%} (up to 10 % is the noise of heavy tails)")
+torch.set_num_threads(1)                            # a second core is no help to so small a net
 
-# %% Checks: part 3, cost of a training step
-METHODS = {   # name: (loss, kind of slices, m)
-    "dsm, one eps": (one_eps, None, 1), "dsm": (dsm, None, 1), "fd_ssm": (fd_ssm, args.slices, 1),
-    "ssm": (sliced_score_matching_loss, args.slices, 1), "ssm_vr": (ssm_vr, args.slices, 1), "ssm_vr, m = 10": (ssm_vr, args.slices, 10),
-    "exact": (ssm_vr, "axes", 1), "exact, loop": (partial(ssm_vr, loop=True), "axes", 1)}
-cost, dims = {name: {} for name in METHODS}, [d for d in (2, 10, 30, 100, 300, 1000) if d <= args.d_max]
-for d in dims:
-    x = torch.randn(128, d, device=device)
-    mlp = ScoreMLP(x, args.hidden, args.layers).to(device)
-    optimizer = torch.optim.Adam(mlp.parameters(), lr=1e-4, fused=True)
-    times = {name: [] for name in METHODS if d <= 300 or name != "exact, loop"}   # it would take 20 s at d = 1000
-    for name in list(times) * 30:   # in turn, so that a slow moment of the machine meets them all
-        if sum(times[name]) < 0.7:
-            times[name].append(training_step(mlp, optimizer, x, *METHODS[name]))
-    for name in times:
-        cost[name][d] = float(np.median(times[name]))
-ratio = {name: {d: seconds[d] / cost["dsm"][d] for d in seconds} for name, seconds in cost.items()}
-print(f"\n3. Time of a training step of 128 points / that of dsm (eps and -eps, {1000 * cost['dsm'][dims[-1]]:.1f} ms at d = {dims[-1]})")
-print(f"{'d':15s}" + "".join(f"{d:>9}" for d in dims))
-count = {"exact / m = 10": {d: cost["exact"][d] / cost["ssm_vr, m = 10"][d] for d in dims}, "003: d / 10": {d: d / 10 for d in dims}}
-for name, row in (ratio | count).items():
-    print(f"{name:15s}" + "".join(f"{row.get(d, '-'):>9.4}" for d in dims))
 
-# %% Checks: part 4, traps
-TRAPS = {"unit v": (lambda score_fn, x, v, c: ssm_vr(score_fn, x, v), "sphere"),   # c forgotten
-         "ssm_vr, ReLU": (ssm_vr, args.slices, nn.ReLU), "dsm, ReLU": (dsm, None, nn.ReLU)}
-runs |= {(args.data, name): train(args.data, name, *settings) for name, settings in TRAPS.items()}
-x, truth = DATA[args.data][2][0]
-share = (score(x, runs[args.data, "unit v"][0]) * truth).sum() / truth.square().sum()   # by least squares
-v, _ = slices(points, "sphere")
-s, vJ = directional(net, points, v)
-best = -(vJ * v).sum() / s.square().sum()   # minimises E[a v'Jv + a^2 |s|^2/2]
-print(f"\n4. Unit slices with the whole |s|^2, c forgotten: in 2-D learned / exact = {share:.3f} (1/d = 0.5); in d = {args.dim} this loss")
-print(f"   likes {best:.4f} times a learned score best (1/d = {1 / args.dim:.4f})")
+# %% Loss: one slice
+# We want the s with the least E|s - grad log p|^2 / 2, but grad log p is what we don't know.
+# Multiplied out, of the terms with s in them only E[-s . grad log p] contains it, and integration
+# by parts turns this into E[tr J]. So, but for a constant, we can minimise
+#     E[tr J + |s|^2 / 2]                           (exact score matching; theory.md 3)
+# from data alone. The trace takes d backward passes, one for each row of J. Now draw v with
+# E[v v^T] = I. Then E[v^T J v] = tr J and E[(v^T s)^2] = |s|^2, so that
+#     E[v^T J v + (v^T s)^2 / 2]                    (sliced score matching; theory.md 5.1)
+# is the same number. And v^T J is the gradient of v^T s, v held fixed: one backward pass, for all
+# points at once, since a point's v^T s depends on no other point and so their sum has the gradients
+# of all. (create_graph: the weights' gradient will be taken of this derivative.)
+def sliced_score_matching_loss(model, x, n_slices=1, draw=torch.randn_like, reduction="mean"):
+    """Mean of v^T J v + (v^T s)^2 / 2 over points and slices.  x (B, d) -> ()
 
-normal = torch.randn(10**6, 1, generator=seeded(5), dtype=torch.float64)
-relu_loss = lambda theta: ssm_vr(lambda x: (x - theta).relu(), normal, torch.ones_like(normal)[None]).mean()   # s = max(x - theta, 0)
-theta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-seen, = torch.autograd.grad(relu_loss(theta), theta)
-slope = (relu_loss(theta + 0.05) - relu_loss(theta - 0.05)) / 0.1
-print(f"   ReLU: autograd's gradient of ssm_vr is {seen:.3f}, the slope of the same loss {slope:.3f}: autograd does not see kinks move")
-print("   trained, error against p: " + ", ".join(f"{name} {final(name):.3f}" for name in ["ssm_vr", "ssm_vr, ReLU", "dsm", "dsm, ReLU"]))
-hs, fd_gap = np.geomspace(1e-7, 1, 29), {}   # every fourth is a power of ten
-x, net64 = points[:500].cpu().double(), copy.deepcopy(net).cpu().double()   # mps has no float64
-v, c = slices(x, args.slices)
-limit = sliced_score_matching_loss(net64, x, v, c)
-for name, f, dtype in [("float64", net64, torch.float64), ("float32", copy.deepcopy(net64).float(), torch.float32)]:
-    fd_gap[name] = np.array([((fd_ssm(f, x.to(dtype), v.to(dtype), c, h) - limit).norm() / limit.norm()).item() for h in hs])
-fd_order = math.log10(fd_gap["float64"][20] / fd_gap["float64"][16])   # between h = 0.001 and 0.01
-print(f"   fd_ssm is off ssm by a share that grows like h^{fd_order:.3f} (float64); smallest "
-      + ", ".join(f"{gap.min():.0e} at h = {hs[gap.argmin()]:.0e} ({name})" for name, gap in fd_gap.items()))
+    draw(x) is a random direction for each point, (B, d), with E[v v^T] = I. With another reduction
+    than "mean": one value for each point, (B,). Source: notes 003 section 4.2.3, whose loss is
+    twice this one. (Its second, "improved" version is the same loss again.)
+    """
+    x = x.detach().requires_grad_()                      # to differentiate; not the caller's tensor
+    s = model(x)                                         # (B, d)
+    total = torch.zeros_like(x[:, 0])                    # (B,)
+    for _ in range(n_slices):
+        v = draw(x)                                      # (B, d)
+        vs = (v * s).sum(dim=1)                          # (B,)
+        vJ, = torch.autograd.grad(vs.sum(), x, create_graph=True)        # (B, d)
+        vJv = (vJ * v).sum(dim=1)                        # (B,)
+        total = total + vJv + 0.5 * vs**2
+    values = total / n_slices
+    return values.mean() if reduction == "mean" else values
+
+
+# 003 draws v from the unit sphere. There |v|^2 = 1 is the sum of d parts that are alike, so that
+# E[v v^T] = I / d: such v are too short by the factor sqrt(d).
+def rademacher(x):
+    """A random sign for each coordinate: never more variance than gaussian (theory.md 5.4)."""
+    return torch.randn_like(x).sign()
+
+
+def sphere(x):
+    """A point on the sphere, of radius sqrt(d) so that E[v v^T] = I."""
+    v = torch.randn_like(x)
+    return math.sqrt(x.shape[1]) * v / v.norm(dim=1, keepdim=True)
+
+
+draws = {"rademacher": rademacher, "gaussian": torch.randn_like, "sphere": sphere}
+draw = draws[args.slices]
+
+
+# %% Loss: its relatives
+#              what v multiplies    what is differentiated by x    passes through the network
+#   ssm        J and s              s, along v                     1 forward, 1 backward per slice
+#   ssm_vr     J                    s, along v                     1 forward, 1 backward per slice
+#   fd_ssm     J and s              nothing: a difference          2 forward per slice
+#   exact      nothing              s, along all d axes            1 forward, d backward
+#   dsm        nothing              nothing: it has no J           1 forward per noise
+#   explicit   nothing              nothing: it has no J           1 forward, and the exact score
+#
+# Training adds one pass back through all of this, to the weights. The first four have the same
+# mean (fd_ssm nearly), and so learn the score of the data; dsm learns that of noisy data. explicit
+# is what all of them stand in for, and can be had only where the answer is known. ssm leaves tr J
+# and |s|^2 to chance, ssm_vr tr J alone.
+def variance_reduced_loss(model, x, n_slices=1, draw=torch.randn_like, reduction="mean"):
+    """ssm_vr: |s|^2 / 2 itself in the place of its estimate (v^T s)^2 / 2.  x (B, d) -> ()
+
+    Only the trace is left to chance: score matching with Hutchinson's estimate of it.
+    """
+    x = x.detach().requires_grad_()
+    s = model(x)                                         # (B, d)
+    total = torch.zeros_like(x[:, 0])
+    for _ in range(n_slices):
+        v = draw(x)
+        vs = (v * s).sum(dim=1)
+        vJ, = torch.autograd.grad(vs.sum(), x, create_graph=True)
+        total = total + (vJ * v).sum(dim=1)
+    values = total / n_slices + 0.5 * s.square().sum(dim=1)
+    return values.mean() if reduction == "mean" else values
+
+
+def finite_difference_loss(model, x, n_slices=1, draw=torch.randn_like, h=0.01, reduction="mean"):
+    """fd_ssm: ssm from the scores at x + h v and x - h v, which differ by 2 h J v.
+
+    x (B, d) -> ()
+    """
+    total = torch.zeros_like(x[:, 0])
+    for _ in range(n_slices):
+        v = draw(x)
+        s_plus = model(x + h * v)                        # (B, d)
+        s_minus = model(x - h * v)
+        vJv = (v * (s_plus - s_minus)).sum(dim=1) / (2 * h)
+        vs = (v * (s_plus + s_minus)).sum(dim=1) / 2
+        total = total + vJv + 0.5 * vs**2
+    values = total / n_slices
+    return values.mean() if reduction == "mean" else values
+
+
+def exact_trace_loss(model, x, reduction="mean"):
+    """exact: tr J + |s|^2 / 2, with the d axes in the place of v.  x (B, d) -> ()"""
+    x = x.detach().requires_grad_()
+    s = model(x)                                         # (B, d)
+    d = x.shape[1]
+    axes = torch.eye(d)[:, None].expand(d, len(x), d)    # (d, B, d): each axis, for every point
+    # d backward passes, all at once, the i-th from axis i: row i of J at every point.
+    J, = torch.autograd.grad(s, x, axes, is_grads_batched=True, create_graph=True)   # (d, B, d)
+    trace = J.diagonal(dim1=0, dim2=2).sum(dim=1)        # (B,)
+    values = trace + 0.5 * s.square().sum(dim=1)
+    return values.mean() if reduction == "mean" else values
+
+
+def denoising_loss(model, x, sigma=0.1, reduction="mean"):
+    """dsm: |s(x + sigma eps) + eps/sigma|^2 / 2, the loss of dsm_2d.py at one level.
+
+    x (B, d) -> (). Each point is used with eps and with -eps, which cancels much chance (theory.md
+    4.5).
+    """
+    eps = torch.randn_like(x)
+    eps = torch.stack([eps, -eps])                       # (2, B, d)
+    s = model(x + sigma * eps)                           # (2, B, d)
+    values = 0.5 * (s + eps / sigma).square().sum(dim=2).mean(dim=0)
+    return values.mean() if reduction == "mean" else values
+
+
+def explicit_loss(model, x, exact_score, reduction="mean"):
+    """explicit: |s - grad log p|^2 / 2, what the others are to make small.  x (B, d) -> ()"""
+    values = 0.5 * (model(x) - exact_score(x)).square().sum(dim=1)
+    return values.mean() if reduction == "mean" else values
+
+
+# %% Data
+# Two sets of data, one to look at and one with many dimensions. Both are mixtures of equally likely
+# Gaussians, so that the exact score is known, with noise and without: noise makes each of them
+# wider and does nothing else.
+class Mixture:
+    """Equally likely Gaussians with these centres (M, d) and covariances (M, d, d)."""
+
+    def __init__(self, centres, covs):
+        self.centres = centres
+        self.covs = covs
+
+    def sample(self, n):
+        """n independent points (n, d): choose a Gaussian, draw from it."""
+        k = torch.randint(len(self.centres), (n,))                    # which Gaussian
+        noise = torch.randn(n, self.centres.shape[1])
+        for i, root in enumerate(torch.linalg.cholesky(self.covs)):   # (d, d)
+            noise[k == i] = noise[k == i] @ root.T
+        return self.centres[k] + noise
+
+    def score(self, x, sigma=0.0):
+        """The score of the data with the noise sigma eps, (B, d) -> (B, d).
+
+        It is the sum over k of share_k(x) cov_k^-1 (centre_k - x): each Gaussian pulls to its own
+        centre, and share_k is the chance that x came from it.
+        """
+        cov = self.covs + sigma**2 * torch.eye(x.shape[1])            # (M, d, d)
+        to_centre = self.centres - x[:, None]                         # (B, M, d)
+        pull = torch.einsum("mij,bmj->bmi", cov.inverse(), to_centre)
+        log_density = -0.5 * (to_centre * pull).sum(-1) - 0.5 * cov.logdet()   # + a constant
+        share = log_density.softmax(dim=1)                            # (B, M)
+        return (share[:, :, None] * pull).sum(dim=1)
+
+
+def plane_mixture(name):
+    """moons: 80 Gaussians of spread 0.2 on two half circles; gmm2: the two of dsm_2d.py."""
+    if name == "moons":
+        centres = torch.tensor(make_moons(80, shuffle=False)[0], dtype=torch.float32)
+        return Mixture(centres, 0.2**2 * torch.eye(2).repeat(80, 1, 1))
+    centres = torch.tensor([[0.0, 0.0], [3.0, 3.0]])
+    return Mixture(centres, torch.tensor([[[1.0, 0.3], [0.3, 1.2]], [[0.6, -0.2], [-0.2, 0.8]]]))
+
+
+def correlated_mixture(d):
+    """Three Gaussians at distance 2 from 0, each with variances 0.3 to 2 along axes of its own."""
+    centres = 2 * nn.functional.normalize(torch.randn(3, d))
+    axes = torch.linalg.qr(torch.randn(3, d, d))[0]                   # orthonormal columns
+    variances = torch.logspace(math.log10(0.3), math.log10(2), d)
+    return Mixture(centres, axes @ torch.diag(variances) @ axes.mT)
+
+
+laws = {args.data: plane_mixture(args.data), "correlated": correlated_mixture(args.dim)}
+train_points = {name: law.sample(args.n) for name, law in laws.items()}
+x_data = train_points[args.data]                                      # (n, 2)
+exact_score = laws[args.data].score                                   # (B, 2) -> (B, 2)
+
+
+# %% Model
+# A first guess, the score of one round Gaussian as wide as the data, (mean - x) / scale^2, plus a
+# network for the rest. Its activation must be smooth, because most of the losses differentiate the
+# score: what happens with ReLU is shown in an extra below.
+class ScoreNet(nn.Module):
+    """model(x) -> score; (B, d) -> (B, d). Mean and scale are those of the points x it is given."""
+
+    def __init__(self, x, hidden=64, num_layers=3, activation=nn.SiLU):
+        super().__init__()
+        self.register_buffer("mean", x.mean(dim=0))
+        self.register_buffer("scale", x.var(dim=0).mean().sqrt())
+        width = x.shape[1]
+        layers = []
+        for _ in range(num_layers):
+            layers.append(nn.Linear(width, hidden))
+            layers.append(activation())
+            width = hidden
+        last = nn.Linear(hidden, x.shape[1])
+        nn.init.zeros_(last.weight)                      # an untrained network answers 0,
+        nn.init.zeros_(last.bias)                        # so training begins at the first guess
+        self.net = nn.Sequential(*layers, last)
+
+    def forward(self, x):
+        scaled = (x - self.mean) / self.scale            # (B, d), of size 1
+        return (self.net(scaled) - scaled) / self.scale
+
+
+# %% Training
+# All losses side by side: the same batches, drawn once, and the same first weights and slices,
+# since each run begins with the same seed. What a loss has learned shows in the relative error of
+# the score, sqrt(E|s - s*|^2 / E|s*|^2), at fresh points: against the exact score s* of the data,
+# whose density is p, and against that of the data with the noise of dsm, q_sigma. dsm learns the
+# score of q_sigma: this error of it should be small, and its error against p can't be. For all
+# others it is the other way round.
+check_points = {}
+check_scores = {}
+for name, law in laws.items():
+    for sigma in [0.0, args.sigma]:                      # p, q_sigma
+        x = law.sample(4000)
+        check_points[name, sigma] = x + sigma * torch.randn_like(x)
+        check_scores[name, sigma] = law.score(check_points[name, sigma], sigma)
+
+batches = torch.randint(args.n, (args.steps, args.batch))             # the points of each step
+
+
+@torch.no_grad()
+def relative_error(model, law_name, sigma):
+    """The relative error of model as the score of q_sigma, a number; sigma = 0: of p."""
+    exact = check_scores[law_name, sigma]
+    return ((model(check_points[law_name, sigma]) - exact).norm() / exact.norm()).item()
+
+
+def losses_for(law):
+    """name -> loss(model, x), with the settings of this run."""
+    return {
+        "explicit": partial(explicit_loss, exact_score=law.score),
+        "exact": exact_trace_loss,
+        "ssm": partial(sliced_score_matching_loss, n_slices=args.n_slices, draw=draw),
+        "ssm_vr": partial(variance_reduced_loss, n_slices=args.n_slices, draw=draw),
+        "fd_ssm": partial(finite_difference_loss, n_slices=args.n_slices, draw=draw, h=args.h),
+        "dsm": partial(denoising_loss, sigma=args.sigma),
+    }
+
+
+def training_step(model, optimizer, loss_function, x):
+    """One step down the gradient.  -> the loss, a number"""
+    loss = loss_function(model, x)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def train(loss_function, law_name, title, activation=nn.SiLU):
+    """A network trained on a law.  -> it, its history: lists of step, seconds, error_p, error_q."""
+    torch.manual_seed(args.seed)
+    points = train_points[law_name]
+    model = ScoreNet(points, args.hidden, args.layers, activation)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    # The learning rate rises for 15 % of the steps, then falls to 0. The high rates in the middle
+    # learn fast, and the low ones at the end take out the noise of the steps.
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
+    history = {"step": [], "seconds": [], "error_p": [], "error_q": []}
+    seconds = 0.0
+    bar = tqdm(batches, desc=f"{title}, {law_name}", leave=False)
+    for step, batch in enumerate(bar, start=1):
+        started = time.process_time()                    # the time of this program alone
+        loss = training_step(model, optimizer, loss_function, points[batch])
+        scheduler.step()
+        seconds += time.process_time() - started
+        if not math.isfinite(loss):
+            sys.exit(f"{title} on {law_name}: the loss is {loss} at step {step}: try a --lr below "
+                     f"{args.lr:g}")
+        if step % max(1, args.steps // 12) == 0 or step == args.steps:
+            history["step"].append(step)
+            history["seconds"].append(seconds)
+            history["error_p"].append(relative_error(model, law_name, 0.0))
+            history["error_q"].append(relative_error(model, law_name, args.sigma))
+    return model, history
+
+
+networks = {}                                            # law, loss -> network
+histories = {}
+for law_name, law in laws.items():
+    for name, loss_function in losses_for(law).items():
+        network, history = train(loss_function, law_name, name)
+        networks[law_name, name] = network
+        histories[law_name, name] = history
+
+train_s = sum(history["seconds"][-1] for history in histories.values())
+model = networks[args.data, args.loss]
+torch.save(model.state_dict(), os.path.join(args.outdir, "model.pt"))
+
+print(f"After {args.steps} equal steps, with {args.n_slices} {args.slices} slice(s): relative "
+      "error of the score (0: exact, 1: that of s = 0)\nagainst p, also as a multiple of the exact "
+      f"trace's, and against q_sigma, sigma = {args.sigma:g}")
+for law_name in laws:
+    untrained = ScoreNet(train_points[law_name])         # it answers its first guess
+    of_exact = histories[law_name, "exact"]["error_p"][-1]
+    print(f"\n{law_name + ', d = ' + str(train_points[law_name].shape[1]):22s} p   / exact      "
+          "q_sigma    seconds")
+    print(f"before training {relative_error(untrained, law_name, 0.0):8.3f} {'':10s}"
+          f"{relative_error(untrained, law_name, args.sigma):12.3f}")
+    for loss_name in losses_for(laws[law_name]):
+        last = {key: values[-1] for key, values in histories[law_name, loss_name].items()}
+        print(f"{loss_name:15s} {last['error_p']:8.3f} {last['error_p'] / of_exact:9.2f} "
+              f"{last['error_q']:12.3f} {last['seconds']:10.1f}")
+
+# The loss itself tells little. Its least value, the floor, is not 0 but -E|s*|^2 / 2 (put s = s*
+# into the derivation above). What is above the floor is half the mean square error of the score.
+x = x_data[:20000]
+loss_reached = exact_trace_loss(model, x).item()
+loss_floor = exact_trace_loss(exact_score, x).item()     # at the same points: less chance
+print(f"\n{args.data}: E[tr J + |s|^2 / 2] of the network of {args.loss} is {loss_reached:.2f}; "
+      f"its floor, that of the exact score, {loss_floor:.2f}")
+
+
+# %% Sampling
+# Langevin dynamics walks along the score and is shaken at every step, and so ends up distributed as
+# the density whose score it follows, but for a bias that shrinks with eta (theory.md 6.2).
+@torch.no_grad()
+def score(x):
+    """The score that --loss has learned, (B, 2) -> (B, 2)."""
+    return model(x)
+
+
+def langevin_dynamics(score, x, K, eta):
+    """K steps x + eta/2 s(x) + sqrt(eta) z from x (B, d)."""
+    for _ in range(K):
+        z = torch.randn_like(x)
+        x = x + eta / 2 * score(x) + math.sqrt(eta) * z
+    return x
+
+
+start = MultivariateNormal(x_data.mean(dim=0), torch.cov(x_data.T))   # one Gaussian for all data
+n_sets = 4                                               # one set says little about a distance
+x = langevin_dynamics(score, start.sample((n_sets * args.n_samples,)), args.K, args.eta)
+if not torch.isfinite(x).all():
+    sys.exit(f"the Langevin chains ran away: take an --eta below {args.eta:g}, or train longer")
+sample_sets = x.split(args.n_samples)
+samples = sample_sets[0]                                 # (n_samples, 2)
+np.save(os.path.join(args.outdir, "samples.npy"), samples.numpy())
+
+
+# %% Check
+# How far are the samples from the data? Even two fresh sets of data are some way apart: that is the
+# floor.
+def sorted_projections(x):
+    """(n, 2) -> (32, n): the points seen along 32 directions, in order."""
+    angles = math.pi * torch.arange(32) / 32
+    directions = torch.stack([angles.cos(), angles.sin()])                # (2, 32)
+    return (x @ directions).T.sort().values
+
+
+def mean_sw2(sets, other_sets):
+    """Mean sliced 2-Wasserstein distance over all pairs; each set as its sorted projections.
+
+    Along a line, the cheapest way to move n points onto n others takes them in order. SW2 is the
+    root mean square of these moves, over points and directions.
+    """
+    distances = []
+    for ours in sets:
+        for theirs in other_sets:
+            distances.append((ours - theirs).square().mean().sqrt().item())
+    return np.mean(distances)
+
+
+def fresh_sets():
+    """Eight sets of data, as their sorted projections."""
+    return [sorted_projections(laws[args.data].sample(args.n_samples)) for _ in range(8)]
+
+
+fresh = fresh_sets()
+sw2 = mean_sw2([sorted_projections(x) for x in sample_sets], fresh)
+sw2_floor = mean_sw2(fresh_sets(), fresh)                # what perfect samples would get
+print(f"\nSW2 of the Langevin samples of {args.loss} to fresh data: {sw2:.4f}, its floor "
+      f"{sw2_floor:.4f}, ratio {sw2 / sw2_floor:.2f} (good: below 1.5)")
+
+summary = {"data": args.data, "seed": args.seed, "steps": args.steps, "slices": args.slices,
+           "n_slices": args.n_slices, "dim": args.dim, "loss": args.loss}
+for loss_name in losses_for(laws["correlated"]):
+    summary["err_" + loss_name] = round(histories["correlated", loss_name]["error_p"][-1], 4)
+summary |= {"SW2": round(sw2, 4), "floor": round(sw2_floor, 4),
+            "train_s": round(train_s, 1)}
+with open(os.path.join(args.outdir, "summary.json"), "w") as file:
+    json.dump({"settings": vars(args), "figures": summary}, file, indent=1)
+
 
 # %% Pictures
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"   # data and exact, samples and learned, noise
-plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 10, "savefig.dpi": 100})
-COLOURS = dict(zip(LOSSES, [BLUE, "black", ORANGE, "#E69F00", "#009E73", "#CC79A7"]))
-low, high = x_data.cpu().aminmax(dim=0)
-side = torch.linspace(-0.55, 0.55, 15) * (high - low).max()   # one square view for all panels
-grid = torch.cartesian_prod(side, side) + (low + high) / 2
-cap = exact_score(grid).norm(dim=1).median()
-fields = {r"exact $\nabla\log p$": (exact_score(grid), BLUE)}
-for name in ["exact", "ssm", "ssm_vr", "fd_ssm", "dsm", "unit v"]:
-    fields[f"{name}\nerror {final(name):.3f}"] = score(grid.to(device), runs[args.data, name][0]).cpu(), ORANGE
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # exact and data, learned, noisy
+plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 10})
+loss_colours = {"explicit": BLUE, "exact": "black", "ssm": ORANGE, "ssm_vr": "#56B4E9",
+                "fd_ssm": "#009E73", "dsm": "#CC79A7"}
+middle = (x_data.amin(dim=0) + x_data.amax(dim=0)) / 2
+half = 0.6 * (x_data.amax(dim=0) - x_data.amin(dim=0)).max().item()
+left, bottom = (middle - half).tolist()
+view = [left, left + 2 * half, bottom, bottom + 2 * half]
+
+
+def panel(ax, title):
+    """A square panel with the same limits as all others."""
+    ax.axis(view)
+    ax.set(aspect="equal", title=title, xticks=[], yticks=[])
+
+
+def dots(ax, x, colour):
+    """Points (n, 2), 2000 at most."""
+    ax.scatter(x[:2000, 0], x[:2000, 1], s=3, color=colour, alpha=0.5, linewidths=0)
+
+
+def arrows(ax, x, vectors, longest, colour):
+    """Arrows at x; those above `longest` are cut to it."""
+    length = vectors.norm(dim=1, keepdim=True)
+    vectors = vectors * (longest / length).clamp(max=1)
+    ax.quiver(x[:, 0], x[:, 1], vectors[:, 0], vectors[:, 1], color=colour, width=0.007,
+              angles="xy", scale_units="xy", scale=8 * longest / half)
+
+
+# Where do the arrows of each loss point?
+line = torch.linspace(-half, half, 15)
+where = middle + torch.cartesian_prod(line, line)        # (225, 2)
+exact = exact_score(where)
+longest = exact.norm(dim=1).median().item()
 fig, axs = plt.subplots(2, 4, figsize=(10, 5.8))
-for ax, (title, (v, colour)) in zip(axs.flat, fields.items()):
-    v = v * (cap / v.norm(dim=1, keepdim=True)).clamp(max=1)
-    ax.scatter(*x_data[:800].cpu().T.numpy(), s=3, color="0.85")
-    ax.quiver(*grid.T.numpy(), *v.T.numpy(), angles="xy", scale_units="xy", scale=(8 * cap / side[-1]).item(), width=0.007, color=colour)
-    ax.set_title(title)
-axs[1, 3].scatter(*samples.T.numpy(), s=3, color=ORANGE, alpha=0.5, linewidths=0)
-axs[1, 3].set_title(f"Langevin samples of {args.loss}\nSW2 {sw2:.3f}, floor {sw2_floor:.3f}")
-plt.setp(axs, xlim=grid[[0, -1], 0].tolist(), ylim=grid[[0, -1], 1].tolist(), aspect="equal", xticks=[], yticks=[])
-fig.suptitle(rf"What each loss learns (arrows cut at the median length); dsm learns $q_\sigma$, $\sigma$ = {args.sigma:g}; "
-             "unit v has forgotten c = 1/d")
-save("fields.png", fig.savefig)
+axs = axs.flatten()
+dots(axs[0], x_data[:800], GREY)
+arrows(axs[0], where, exact, longest, BLUE)
+panel(axs[0], r"exact score of the data, $\nabla\log p$")
+for ax, loss_name in zip(axs[1:7], loss_colours):
+    with torch.no_grad():
+        learned = networks[args.data, loss_name](where)
+    dots(ax, x_data[:800], GREY)
+    arrows(ax, where, learned, longest, ORANGE)
+    panel(ax, f"{loss_name}: error {histories[args.data, loss_name]['error_p'][-1]:.2f}")
+dots(axs[7], samples, ORANGE)
+panel(axs[7], f"samples ({args.loss}): {sw2 / sw2_floor:.2f} floors")
+fig.suptitle("The score that each loss has learned, over the data (long arrows are cut)")
+fig.savefig(os.path.join(args.outdir, "fields.png"))
 
-def curves(ax, lines, title, xlabel, ylabel, xscale="log"):
-    """Lines {label: (x, y, format, colour)} over each other."""
-    for label, (x, y, style, colour) in lines.items():
-        ax.plot(x, y, style, color=colour, label=label, ms=4)
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale="log")
-    ax.legend(fontsize=8)
-
+# How fast do they learn?
 fig, axs = plt.subplots(2, 2, figsize=(9, 6.4), sharey="row")
-for i, (data, d) in enumerate([(args.data, 2), ("correlated", args.dim)]):
-    for j, (title, xlabel) in enumerate([("equal steps", "step"), ("equal time", "seconds of training")]):
-        lines = {name: (*runs[data, name][1][:, [j, 2]].T, "--" if name == "fd_ssm" else "-", COLOURS[name]) for name in LOSSES}
-        curves(axs[i, j], lines, f"{title}: {data}, d = {d}", xlabel, "relative error against p", "linear")
-fig.suptitle("One slice is cheap; what it costs is the variance of ssm in high dimension. fd_ssm lies on ssm")
-save("training.png", fig.savefig)
+for row, law_name in enumerate(laws):
+    for column, key in enumerate(["step", "seconds"]):
+        ax = axs[row, column]
+        for loss_name, colour in loss_colours.items():
+            history = histories[law_name, loss_name]
+            style = "--" if loss_name == "fd_ssm" else "-"             # it lies on ssm
+            ax.plot(history[key], history["error_p"], style, color=colour, label=loss_name)
+        ax.set(xlabel=key, yscale="log", title=f"{law_name}, d = {train_points[law_name].shape[1]}")
+    axs[row, 0].set_ylabel("relative score error")
+axs[0, 0].legend(fontsize=8)
+fig.suptitle("The same batches for all: error against p, by steps (left) and by seconds (right)")
+fig.savefig(os.path.join(args.outdir, "training.png"))
 
-fig, axs = plt.subplots(2, 2, figsize=(10, 7.6))
-lines = {"003: Var(exact) / m": (M, whole.var().item() / np.array(M), "--", GREY)}
-for name in ["ssm", "ssm_vr"]:
-    m, measured, expected = variance[name, args.slices].T
-    lines |= {f"{name}, law": (m, expected, "-", COLOURS[name]), f"{name}, measured": (m, measured, "o", COLOURS[name])}
-curves(axs[0, 0], lines, f"Variance at a point, d = {args.dim}: more slices do not remove it all", f"{args.slices} slices m", "variance")
-lines = {name: (list(row), list(row.values()), "--" if "," in name else "-", COLOURS[name.split(",")[0]]) for name, row in ratio.items()}
-lines["d"] = dims, dims, ":", GREY
-curves(axs[0, 1], lines, "Time of a training step", "d", "time / that of dsm")
-lines = {name: (hs, gap, "o-", colour) for (name, gap), colour in zip(fd_gap.items(), (BLUE, ORANGE))}
-lines |= {"$h^2$": (hs[12:], (hs[12:] / hs[20]) ** 2 * fd_gap["float64"][20], ":", GREY), "--h": ([args.h] * 2, [1e-10, 1], "-", GREY)}
-curves(axs[1, 0], lines, "Finite differences: round-off on the left, $h^2$ on the right", "h", "relative distance of fd_ssm from ssm")
-lines = {name: (*runs[args.data, name][1][:, [0, 2]].T, "--" if "dsm" in name else "-", ORANGE if "ReLU" in name else BLUE)
-         for name in ["ssm_vr", "ssm_vr, ReLU", "dsm", "dsm, ReLU"]}
-curves(axs[1, 1], lines, "ReLU: fine for dsm, useless where s is differentiated", "step", "relative error against p", "linear")
-save("measures.png", fig.savefig)
 
-at = max(d for d in dims if d <= 100)   # dimension of cost_ssm_vr and cost_exact
-summary = dict(data=args.data, seed=args.seed, steps=args.steps, slices=args.slices, n_slices=args.n_slices, dim=args.dim, loss=args.loss,
-               **{f"err_{name}": round(final(name, "correlated"), 4) for name in LOSSES}, SW2=round(sw2, 4), floor=round(sw2_floor, 4),
-               law_gap=round(law_gap, 3), fd_order=round(fd_order, 3), cost_ssm_vr=round(ratio["ssm_vr"][at], 2),
-               cost_exact=round(ratio["exact"][at], 1), train_s=round(sum(history[-1, 1] for _, history in runs.values()), 1))
-save("summary.json", lambda file: file.write_text(json.dumps({"settings": vars(args), "cost": cost, "figures": summary}, indent=1)))
+# %% Extra: do more slices help?
+# The loss at a point x varies with x, and the sliced one with v, too. By the law of total variance
+# the mean over m slices has the variance
+#     Var over x of the loss without slices  +  E over x of the variance of one slice / m.
+# More slices take away the second part, and never the first. (003 forgets the first part; it says
+# Var(without slices) / m.)
+# The variance of one slice has a closed form for each way to draw v, since all our losses are a
+# constant plus v^T A v: with A = J in ssm_vr, and with A = J + s s^T / 2 in ssm and fd_ssm.
+# Denoising can be sliced, too, as in 003: (v^T e)^2 / 2 for the error e = s + eps/sigma, which has
+# A = e e^T / 2. It has no J, so there is nothing to save by this, and the variance is paid.
+def slicing_variance(A, slices):
+    """Variance of v^T A v over v, for each of the matrices A (B, d, d).  -> (B,); theory.md 5.4"""
+    A = (A + A.mT) / 2
+    d = A.shape[1]
+    square = A.square().sum(dim=(1, 2))                  # (B,)
+    diagonal = A.diagonal(dim1=1, dim2=2)                # (B, d)
+    if slices == "rademacher":
+        return 2 * (square - diagonal.square().sum(dim=1))
+    if slices == "gaussian":
+        return 2 * square
+    return 2 * d / (d + 2) * (square - diagonal.sum(dim=1) ** 2 / d)
+
+
+def outer(a):
+    """a a^T for each point, (B, d) -> (B, d, d)."""
+    return a[:, :, None] * a[:, None]
+
+
+def sliced_denoising_loss(model, x, eps, draw, sigma, reduction="none"):
+    """(v^T e)^2 / 2 with one slice and the noise eps (B, d), one value for each point, (B,)."""
+    e = model(x + sigma * eps) + eps / sigma
+    return 0.5 * (draw(x) * e).sum(dim=1) ** 2
+
+
+def ten_slices(loss_function, model, x, **settings):
+    """The loss at each point along ten slices, one by one, (10, B)."""
+    values = []
+    for _ in range(10):
+        values.append(loss_function(model, x, reduction="none", **settings).detach())
+    return torch.stack(values)
+
+
+def measured_and_expected(values, without_slices, A, slices):
+    """The variance of the mean of 1, 3 and 10 of `values` (10, B), and the formula's: two lists."""
+    measured = []
+    expected = []
+    for m in [1, 3, 10]:
+        measured.append(values[:m].mean(dim=0).var().item())
+        of_slices = slicing_variance(A, slices).mean()
+        expected.append((without_slices.var() + of_slices / m).item())
+    return measured, expected
+
+
+network = networks["correlated", "ssm_vr"]
+x = train_points["correlated"][:5000]
+s = network(x).detach()                                              # (B, d)
+J = torch.func.vmap(torch.func.jacrev(network))(x).detach()          # (B, d, d)
+of_exact = exact_trace_loss(network, x, reduction="none").detach()   # (B,)
+
+variances = {}
+for slices, its_draw in draws.items():
+    values = ten_slices(variance_reduced_loss, network, x, draw=its_draw)
+    variances["ssm_vr, " + slices] = measured_and_expected(values, of_exact, J, slices)
+    values = ten_slices(sliced_score_matching_loss, network, x, draw=its_draw)
+    variances["ssm, " + slices] = measured_and_expected(values, of_exact, J + outer(s) / 2, slices)
+values = ten_slices(finite_difference_loss, network, x, draw=draw, h=args.h)
+variances["fd_ssm, " + args.slices] = measured_and_expected(values, of_exact, J + outer(s) / 2,
+                                                       args.slices)
+eps = torch.randn_like(x)
+e = network(x + args.sigma * eps).detach() + eps / args.sigma
+of_dsm = 0.5 * e.square().sum(dim=1)
+with torch.no_grad():
+    values = ten_slices(sliced_denoising_loss, network, x, eps=eps, draw=draw, sigma=args.sigma)
+variances["sliced dsm, " + args.slices] = measured_and_expected(values, of_dsm, outer(e) / 2,
+                                                           args.slices)
+
+print(f"\nVariance of a loss over points and slices, d = {args.dim}, with m slices, in brackets by "
+      f"formula.\nWithout slices: exact {of_exact.var():.4g}, dsm (one eps) {of_dsm.var():.4g}; "
+      f"003's Var(exact) / m: {of_exact.var():.3g}, {of_exact.var() / 3:.3g}, "
+      f"{of_exact.var() / 10:.3g}")
+print(f"{'m':24s}{1:<22d}{3:<22d}{10}")
+for name, (measured, expected) in variances.items():
+    cells = [f"{a:.4g} ({b:.4g})" for a, b in zip(measured, expected)]
+    print(f"{name:24s}{cells[0]:22s}{cells[1]:22s}{cells[2]}")
+
+
+# %% Extra: what does a step cost?
+# A training step on 64 points, in units of one with dsm (eps and -eps). The exact trace takes d
+# backward passes, all at once as in the lesson or, as 003 thinks of it, one after the other. The
+# number of passes is not the time: a step has its fixed costs, and passes at once are cheaper.
+def exact_trace_loop_loss(model, x):
+    """exact_trace_loss, one backward pass after the other.  x (B, d) -> ()"""
+    x = x.detach().requires_grad_()
+    s = model(x)
+    trace = torch.zeros(len(x))
+    for i in range(x.shape[1]):
+        row, = torch.autograd.grad(s[:, i].sum(), x, create_graph=True)  # (B, d), row i of J
+        trace = trace + row[:, i]
+    return (trace + 0.5 * s.square().sum(dim=1)).mean()
+
+
+methods = {
+    "dsm": denoising_loss,
+    "fd_ssm": partial(finite_difference_loss, draw=draw),
+    "ssm": partial(sliced_score_matching_loss, draw=draw),
+    "ssm_vr": partial(variance_reduced_loss, draw=draw),
+    "ssm_vr, m = 10": partial(variance_reduced_loss, n_slices=10, draw=draw),
+    "exact": exact_trace_loss,
+    "exact, loop": exact_trace_loop_loss,
+}
+
+
+def step_seconds(d):
+    """name -> median time of a training step in d dimensions."""
+    x = torch.randn(64, d)
+    model = ScoreNet(x, args.hidden, args.layers)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    times = {name: [] for name in methods}
+    for _ in range(12):                                  # in turn: a slow moment meets all of them
+        for name, loss_function in methods.items():
+            if (name == "exact, loop" and d > 300) or sum(times[name]) > 0.15:
+                continue                                 # it would take too long
+            started = time.process_time()
+            training_step(model, optimizer, loss_function, x)
+            times[name].append(time.process_time() - started)
+    return {name: np.median(values) for name, values in times.items() if values}
+
+
+dimensions = [d for d in [2, 10, 30, 100, 300, 1000] if d <= args.d_max]
+seconds = {}
+for d in tqdm(dimensions, desc="timing", leave=False):
+    seconds[d] = step_seconds(d)
+print("\nTime of a training step / that of dsm\nd              "
+      + "".join(f"{d:9d}" for d in dimensions))
+for name in methods:
+    row = ""
+    for d in dimensions:
+        row += f"{seconds[d][name] / seconds[d]['dsm']:9.2f}" if name in seconds[d] else "        -"
+    print(f"{name:15s}{row}")
+
+
+# %% Extra: which traps are there?
+# 1. Unit slices. With |v| = 1 the mean of v^T J v is tr J / d. ssm is then smaller by the factor d
+#    as a whole and learns the same; but ssm_vr's |s|^2 / 2 stays as it is, and so it learns
+#    grad log p / d (theory.md 5.3).
+# 2. ReLU. J is constant but for jumps at the kinks of s. When the weights move, the kinks move over
+#    the points, and E[tr J] changes; autograd, which asks each point for the change of its own J,
+#    does not see it (implicit_sm.py, theory.md 3.6). So ssm and ssm_vr fail. Finite differences see
+#    it where a kink lies between x - h v and x + h v: few points for a short h, and each of them
+#    counts 1/h. So fd_ssm survives a ReLU, with a gradient that is the less noisy the longer h is.
+# 3. The step h. The error of fd_ssm grows as h^2; below the best h round-off takes over.
+def unit_sphere(x):
+    """A direction of length 1: E[v v^T] = I / d."""
+    return sphere(x) / math.sqrt(x.shape[1])
+
+
+def shrinkage(model, law_name):
+    """The factor a with the least |s - a s*|^2 at the check points of p, a number."""
+    exact = check_scores[law_name, 0.0]
+    with torch.no_grad():
+        learned = model(check_points[law_name, 0.0])
+    return ((learned * exact).sum() / exact.square().sum()).item()
+
+
+def train_traps():
+    """name -> network and history on the data in 2-D, of losses and activations that go wrong."""
+    fd_ssm = partial(finite_difference_loss, n_slices=args.n_slices, draw=draw)
+    ssm_vr = partial(variance_reduced_loss, n_slices=args.n_slices, draw=draw)
+    dsm = partial(denoising_loss, sigma=args.sigma)
+    return {
+        "ssm_vr, unit slices": train(partial(ssm_vr, draw=unit_sphere), args.data, "unit"),
+        "ssm_vr, ReLU": train(ssm_vr, args.data, "ReLU", nn.ReLU),
+        "fd_ssm, ReLU, h = 0.01": train(partial(fd_ssm, h=0.01), args.data, "ReLU", nn.ReLU),
+        "fd_ssm, ReLU, h = 0.03": train(partial(fd_ssm, h=0.03), args.data, "ReLU", nn.ReLU),
+        "dsm, ReLU": train(dsm, args.data, "ReLU", nn.ReLU),
+    }
+
+
+def difference_gaps(hs, dtype):
+    """The relative distance of fd_ssm from ssm at 500 points, for each step h and in this dtype."""
+    network = copy.deepcopy(networks[args.data, "ssm_vr"]).to(dtype)
+    x = x_data[:500].to(dtype)
+    v = draw(x)                                          # the same slices for both
+
+    def same_slices(x):
+        return v
+
+    by_autograd = sliced_score_matching_loss(network, x, draw=same_slices, reduction="none")
+    gaps = []
+    for h in hs:
+        values = finite_difference_loss(network, x, draw=same_slices, h=h, reduction="none")
+        gaps.append(((values - by_autograd).norm() / by_autograd.norm()).item())
+    return gaps
+
+
+traps = train_traps()
+print(f"\ntrained on {args.data}             relative error against p")
+for name in ["ssm_vr", "fd_ssm", "dsm"]:
+    print(f"{name:26s} {histories[args.data, name]['error_p'][-1]:10.3f}")
+for name, (network, history) in traps.items():
+    print(f"{name:26s} {history['error_p'][-1]:10.3f}")
+print(f"unit slices: learned / exact = {shrinkage(traps['ssm_vr, unit slices'][0], args.data):.3f} "
+      "(1/d = 0.5)")
+
+hs = np.geomspace(1e-7, 1, 29)                           # four to each power of ten
+gaps64 = difference_gaps(hs, torch.float64)
+gaps32 = difference_gaps(hs, torch.float32)
+order = math.log10(gaps64[20] / gaps64[16])              # hs[20] = 0.01, hs[16] = 0.001
+print(f"fd_ssm's distance from ssm grows as h^{order:.2f} (expected: 2). It is least at "
+      f"h = {hs[np.argmin(gaps64)]:.0e} in float64 ({min(gaps64):.0e})\nand at "
+      f"h = {hs[np.argmin(gaps32)]:.0e} in float32 ({min(gaps32):.0e}), in which we train.")
+
+
+def draw_traps():
+    """traps.png: what ReLU does while training, and finite differences against h."""
+    fig, axs = plt.subplots(1, 2, figsize=(10, 4.2))
+    for name, colour in [("ssm_vr", "#56B4E9"), ("fd_ssm", "#009E73"), ("dsm", "#CC79A7")]:
+        history = histories[args.data, name]
+        axs[0].plot(history["step"], history["error_p"], color=colour, label=f"{name}, SiLU")
+    for name, colour in [("ssm_vr, ReLU", "#56B4E9"), ("fd_ssm, ReLU, h = 0.03", "#009E73"),
+                         ("dsm, ReLU", "#CC79A7")]:
+        history = traps[name][1]
+        axs[0].plot(history["step"], history["error_p"], "--", color=colour, label=name)
+    axs[0].set(xlabel="step", ylabel="relative score error", yscale="log", ylim=(0.1, 1.6),
+               title=f"ReLU (dashed) on {args.data}: error against p")
+    axs[0].legend(fontsize=8, ncols=2)
+    axs[1].loglog(hs, gaps64, "o-", ms=3, color=BLUE, label="float64")
+    axs[1].loglog(hs, gaps32, "o-", ms=3, color=ORANGE, label="float32")
+    axs[1].axvline(args.h, color=GREY, label="--h")
+    axs[1].set(xlabel="h", title="Distance of fd_ssm from ssm: round-off, then $h^2$")
+    axs[1].legend(fontsize=8)
+    fig.savefig(os.path.join(args.outdir, "traps.png"))
+
+
+draw_traps()
+
+
+# %% Result
+print(f"\npictures in {args.outdir}: training.png (look at it first), fields.png, traps.png")
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
+# What `uv run` installs for this script:
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "scikit-learn==1.9.1", "matplotlib==3.11.2", "tqdm==4.70.1"]
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "scikit-learn==1.9.1",
+#     "matplotlib==3.11.2",
+#     "tqdm==4.70.1",
+# ]
 # ///
