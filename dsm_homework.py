@@ -244,7 +244,7 @@ def relative_error(matcher, x):
 
 @torch.no_grad()
 def loss_at_test_points(matcher):
-    """With 20 draws of the noise for each point; it is still uncertain by 1 %."""
+    """With 20 draws of the noise for each point."""
     return matcher.loss(x_test.repeat(20, 1))["total_loss"].item()
 
 
@@ -293,8 +293,10 @@ print(f"\nloss of s = 0: {loss_of_zero:.2f}, E|s*|^2: {power:.2f}, their differe
 for row in history:
     print(f"{row['epoch']:5d} {row['loss']:16.2f} {row['test_loss']:12.2f} {row['error']:23.3f}")
 score_err = history[-1]["error"]
-print(f"The last error makes {score_err**2 * power:.2f} of the loss. (With the default points the "
-      "test loss is uncertain by 1.5.)")
+# The loss of a point varies about as much as |eps/sigma|^2, whose standard deviation is its mean.
+uncertainty = loss_of_zero / math.sqrt(20 * len(x_test))
+print(f"The last error makes {score_err**2 * power:.2f} of the loss. "
+      f"(The test loss is uncertain by {uncertainty:.1f}.)")
 
 
 @torch.no_grad()
@@ -305,10 +307,10 @@ def score(x, sigma=args.sigma):
     return model(x)
 
 
-x = x_test[:1]
-exact = exact_score(x, args.sigma)[0]
-learned = score(x)[0]
-print(f"\nat the test point ({x[0, 0]:.2f}, {x[0, 1]:.2f}) the score is "
+point = x_test[:1]
+exact = exact_score(point, args.sigma)[0]
+learned = score(point)[0]
+print(f"\nat the test point ({point[0, 0]:.2f}, {point[0, 1]:.2f}) the score is "
       f"({exact[0]:.2f}, {exact[1]:.2f}), learned: ({learned[0]:.2f}, {learned[1]:.2f})")
 
 
@@ -452,7 +454,7 @@ def measure_chains(x):
     return {"ratio": ratio, "upper": upper_share(x), "right": right_share(x), "left": left}
 
 
-etas = [limit / 80, limit / 8, 5 / 8 * limit, 2 * limit]
+etas = [limit / 80, limit / 8, 5 / 8 * limit, 2 * limit]     # the second is the default --eta
 chains = {}                                              # eta -> steps -> points
 for eta in etas:
     chains[eta] = run_chains(matcher, 2 * torch.rand(args.n_samples, 2) - 1, eta)
@@ -547,11 +549,11 @@ fig.savefig(os.path.join(args.outdir, "grid.png"))
 
 # A few chains, step by step, with each eta below the limit.
 fig, axs = plt.subplots(1, 3, figsize=(11, 4.2))
-x0 = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
+starts = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
 colours = [ORANGE, BLUE, "#009E73", "#CC79A7"]
 names = ["too short", "good", "too long: it overshoots"]
 for ax, eta, name in zip(axs, etas[:3], names):
-    path = [x0]
+    path = [starts]
     for _ in range(200):
         path.append(matcher.langevin_dynamics(path[-1], 1, eta))
     path = torch.stack(path)                             # (201, 4, 2)
@@ -676,21 +678,21 @@ def print_row(name, x, eta, eta_over_4V, temperature=1.0):
           f"{(across - formula) / standard_error:15.1f}")
 
 
-x0 = 2 * torch.rand(20000, 2) - 1                        # of the variance 1/3
+start = 2 * torch.rand(20000, 2) - 1                     # of the variance 1/3
 V = variances[1].item()
 print("\n100 steps                                   variance of the chains / V        off by\n"
       "on a Gaussian              eta  eta/(4V)    along   across  formula  standard errors")
 for eta_over_4V in [0.125, 0.625]:
     eta = eta_over_4V * 4 * V
-    print_row("Langevin", langevin(gaussian_score, x0, 100, eta), eta, eta_over_4V)
+    print_row("Langevin", langevin(gaussian_score, start, 100, eta), eta, eta_over_4V)
 eta = 0.125 * 4 * V
-x = langevin(gaussian_score, x0, 100, eta, temperature=0.5)
+x = langevin(gaussian_score, start, 100, eta, temperature=0.5)
 print_row("temperature 1/2", x, eta, 0.125, temperature=0.5)
 eta = 0.125 * 4                                          # a step M eta = V eta across
-x = preconditioned_langevin(gaussian_score, x0, 100, eta, M=torch.diag(variances))
+x = preconditioned_langevin(gaussian_score, start, 100, eta, M=torch.diag(variances))
 print_row("M = covariance", x, eta, 0.125)
 eta = 0.125 * 4 * V**2                                   # a step M eta = eta / V across
-x = preconditioned_langevin(gaussian_score, x0, 100, eta, M=torch.diag(1 / variances))
+x = preconditioned_langevin(gaussian_score, start, 100, eta, M=torch.diag(1 / variances))
 print_row("M = its inverse (003)", x, eta, 0.125)
 
 
@@ -745,15 +747,15 @@ def print_mala(name, x, eta, eta_over_4V, acceptance):
     print(f"{name:22s} {eta:7.2g} {eta_over_4V:9.3f} {along:9.2f} {across:8.3f} {acceptance:11.3f}")
 
 
-x0 = 2 * torch.rand(20000, 2) - 1
+start = 2 * torch.rand(20000, 2) - 1
 print("\n100 steps                                   variance / V (right: 1)\n"
       "on a Gaussian              eta  eta/(4V)    along   across     accepted")
 for eta_over_4V in [0.125, 0.625]:
     eta = eta_over_4V * 4 * variances[1].item()
-    x, acceptance = mala(gaussian_log_density, gaussian_score, x0, 100, eta)
+    x, acceptance = mala(gaussian_log_density, gaussian_score, start, 100, eta)
     print_mala("MALA", x / variances.sqrt(), eta, eta_over_4V, acceptance)
 # With M = covariance: the same as plain steps in the coordinates x / sqrt(variances), where V = 1.
-x, acceptance = mala(normal_log_density, normal_score, x0 / variances.sqrt(), 100, 0.625 * 4)
+x, acceptance = mala(normal_log_density, normal_score, start / variances.sqrt(), 100, 0.625 * 4)
 print_mala("MALA, M = covariance", x, 0.625 * 4, 0.625, acceptance)
 
 # In many dimensions d, with V = 1, the share of accepted steps is about 2 Phi(-sqrt(d eta^3) / 8)

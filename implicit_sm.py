@@ -339,7 +339,7 @@ torch.save(model.state_dict(), os.path.join(args.outdir, "model.pt"))
 # Langevin dynamics walks along the score and is shaken at every step, and so ends up distributed as
 # the density whose score it follows. It starts from one Gaussian as wide as the data. Its steps
 # must be short: a Gaussian of variance 1 comes out with the variance 1 / (1 - eta/4) (theory.md
-# 6.2).
+# 6.2). (`train` has switched the weights' gradients off, so no graph grows along the walk.)
 def score(x):
     """The learned grad log p of the 2-D data, (B, 2) -> (B, 2)."""
     return model(x)
@@ -501,8 +501,8 @@ def draw_loss(ax, history, law, x, half_fisher):
     ax.plot(history["step"], history["loss"], "o-", ms=3, color=ORANGE, label="training points")
     ax.plot(history["step"], history["fresh_loss"], "s--", ms=3, color="black",
             label=f"{len(x)} fresh points")
-    ax.axhline(-half_fisher, color=BLUE, label="exact score, all points: $-I/2$")
     ax.axhline(exact_loss, color=BLUE, ls="--", label=f"exact score, the {len(x)} points")
+    ax.axhline(-half_fisher, color=GREY, label="exact score, in the mean: $-I/2$")
     ax.set(xlabel="step", title=f"{x.shape[1]}-D: implicit loss")
 
 
@@ -539,9 +539,9 @@ fig.savefig(os.path.join(args.outdir, "scores.png"))
 #     E[eps . s(x + sigma eps)]  =  sigma E[tr J],     and so
 #     E|s(x + sigma eps) + eps/sigma|^2 / 2  =  implicit loss at the noisy points  +  d/(2 sigma^2).
 #
-# The left side is the loss of denoising score matching (dsm_2d.py). So denoising is implicit score
-# matching of the noisy data (theory.md 3.7, 3.8); and since a square is never negative, this
-# implicit loss can't fall below -d/(2 sigma^2), which is -2 here.
+# The left side is the loss of denoising score matching (dsm_2d.py). So this equation is a bridge:
+# denoising is implicit score matching of the noisy data (theory.md 3.7, 3.8). And since a square is
+# never negative, this implicit loss can't fall below -d/(2 sigma^2), by default -1/(2 0.5^2) = -2.
 def implicit_loss_by_denoising(model, x):
     """Implicit loss at noisy points x + sigma eps, over the bridge; x (B, d) -> ()."""
     eps = torch.randn_like(x)
@@ -630,8 +630,8 @@ draw_few()
 # s = relu(x - theta) for x from N(0, 1). Its s' is 0 left of theta and 1 right of it, so
 # E s' = P(x > theta), which falls as theta grows, at the rate p(theta). Autograd asks each point
 # how its own s' changes with theta, and hears 0 from all, since s' is constant but for a jump. So
-# training goes downhill on something else. Smooth units are free of this; so is denoising, which
-# has no s' (theory.md 3.6).
+# its slope of the loss lacks -p(theta), below -p(0.3) = -0.38, and training goes downhill on
+# something else. Smooth units are free of this; so is denoising, which has no s' (theory.md 3.6).
 def unit_loss(unit, theta, x):
     """Implicit loss of s = unit(x - theta) at points x (B, 1), a tensor ()."""
     def shifted_unit(x):
@@ -812,9 +812,14 @@ draw_geometry()
 #
 #     grad log q(y)  =  integral of p(x) k(y - x) grad log k(y - x) dx / q(y),
 #
-# the mean of grad log k(n) over all noise n that could have led to y. So denoising with the target
+# the mean of grad log k(n) over all noise n that could have led to y. A network that is trained by
+# squares to answer grad log k(n) when it sees y learns just this mean. So denoising with the target
 # grad log k(n) learns the score of q. Nothing in this is Gaussian, but k must not jump (theory.md
 # 10).
+#
+# To check it, q's score is also computed without k's slope. Put n = y - x in the place of x, and y
+# stands in p only:  q(y) = integral of p(y - n) k(n) dn,  so that grad log q(y) is the mean of
+# grad log p(x) over all x that could have led to y.
 class Logistic:
     """The logistic density, 1 / (4 scale cosh(n / (2 scale))^2)."""
 
@@ -829,7 +834,12 @@ class Logistic:
 
 
 class Triangular:
-    """The density (a - |n|) / a^2 for |n| < a: that of the sum of two uniform draws."""
+    """The density (a - |n|) / a^2 for |n| < a: that of the sum of two uniform draws.
+
+    Its target -sign(n) / (a - |n|) has no end near the edges. The mean of its square there, the
+    integral of 1 / (a - |n|), is infinite, and so is the loss. A training step meets only finite
+    targets, few of them large, and the best s is finite: it can be learned all the same.
+    """
 
     def __init__(self, a):
         self.a = a
@@ -874,7 +884,7 @@ def fisher_information(kernel, reach, count):
 
 
 def noisy_density(kernel, reach, y):
-    """On the grid y (G,): q, its score with the derivative on p, and the mean target behind y."""
+    """On the grid y (G,): q, its score as the mean of grad log p(x), and the mean target."""
     n, chance = noise_cells(kernel, reach, 2000)
     x = (y[:, None] - n)[:, :, None]                     # (G, 2000, 1): what may lie behind y
     joint = law_1d.density(x) * chance                   # (G, 2000)
@@ -914,7 +924,8 @@ for name, kernel in kernels.items():
     finite = fine <= 1.01 * coarse                       # if not, finer cells find ever more
     off = error_under(q, mean_target, exact)
     network = new_network(x_data_1d + kernel.sample(x_data_1d.shape))
-    train(network, partial(kernel_denoising_loss, kernel=kernel), x_data_1d, x_fresh_1d)
+    x_fresh_noisy = x_fresh_1d + kernel.sample(x_fresh_1d.shape)
+    train(network, partial(kernel_denoising_loss, kernel=kernel), x_data_1d, x_fresh_noisy)
     learned_scores[name] = network(y[:, None])[:, 0]
     exact_scores[name] = exact
     kernel_errors[name] = error_under(q, learned_scores[name], exact)
