@@ -35,6 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
+from matplotlib.animation import PillowWriter
 from sklearn.datasets import make_circles, make_moons
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -654,6 +655,21 @@ titles.append("data")
 colours = [GREY, GREY, GREY, GREY, GREY, ORANGE, BLUE]
 draw_row(clouds, titles, colours, f"From pure noise to samples ({args.sampler})", "generation.png")
 
+# The same as a movie: at most 55 of the states, and the last one for another second.
+frames = np.linspace(0, len(levels), min(55, len(path))).astype(int).tolist()
+frames += 13 * [len(levels)]
+fig, axs = plt.subplots(1, 2, figsize=(7, 3.7))
+dots(axs[1], clouds[-1], BLUE)
+panel(axs[1], "data")
+movie = PillowWriter(fps=13)
+with movie.saving(fig, os.path.join(args.outdir, "generation.gif"), dpi=100):
+    for i in frames:
+        axs[0].clear()
+        dots(axs[0], path[i], ORANGE)
+        panel(axs[0], rf"points at $\sigma$ = {all_levels[i]:.3f}")
+        movie.grab_frame()
+plt.close(fig)                                           # of a movie only the file is of use
+
 # What was learned?
 fig, axs = plt.subplots(1, 3, figsize=(11, 3.4))
 axs[0].plot(history["step"], history["loss"], "o-", color=ORANGE, label="loss")
@@ -717,6 +733,63 @@ for start in [3 * len(heun_levels) // 4, len(heun_levels) // 2, len(heun_levels)
     spread = (forgotten.std() / x_data.std()).item()
     print(f"{heun_levels[start]:14.3g} {ratio:12.2f} {moved:22.2f} {ratio_forgotten:29.2f} "
           f"{spread:23.2f}")
+
+
+# %% Extra: how likely is a point?
+# Follow it up to sigma_max, where q is nearly one Gaussian, and keep account of what becomes of its
+# density. Heun's sampler moves points by dx/dsigma = f with f = -sigma s. Where the arrows f go
+# apart, a cloud of points grows thinner: the density at a moving point changes by
+#     d log q / dsigma  =  -div f  =  -(df_1/dx_1 + df_2/dx_2).
+# Summed up over the way (theory.md 7.2),
+#     log q at sigma_min  =  log q at sigma_max, at the end of the way  +  integral of div f.
+# So a network that has learned arrows only can tell the density, constant factor and all.
+@torch.enable_grad()
+def flow(score, x, sigma):
+    """f = -sigma s, (B, 2), and its divergence, (B,), at the points x (B, 2)."""
+    x = x.detach().requires_grad_()
+    f = -sigma * score(x, sigma)
+    df_1, = torch.autograd.grad(f[:, 0].sum(), x, retain_graph=True)           # (B, 2)
+    df_2, = torch.autograd.grad(f[:, 1].sum(), x)
+    return f.detach(), df_1[:, 0] + df_2[:, 1]
+
+
+def log_likelihood(score, x, levels, log_q_max):
+    """log q of x (B, 2) at the last of the levels (descending); log_q_max is for the first. -> (B,)
+
+    Heun's rule, from the last level up, for the point and for the integral of div f.
+    """
+    upwards = levels[::-1]
+    integral = 0
+    for sigma, sigma_next in zip(upwards, upwards[1:]):
+        step = sigma_next - sigma
+        f, div_f = flow(score, x, sigma)
+        f_there, div_f_there = flow(score, x + step * f, sigma_next)
+        x = x + step * (f + f_there) / 2
+        integral = integral + step * (div_f + div_f_there) / 2
+    return log_q_max(x) + integral
+
+
+def score_with_graph(x, sigma):
+    """score without its no_grad, so that it can be differentiated by x."""
+    return model(x, torch.full((len(x),), math.log(sigma)))
+
+
+def log_gaussian(x):
+    """log density (B,) of a round Gaussian as wide as the data at sigma_max, at x (B, 2)."""
+    variance = sigma_max**2 + model.sigma_data**2
+    square = (x - model.mean).square().sum(dim=1)
+    return -square / (2 * variance) - torch.log(2 * math.pi * variance)
+
+
+likelihood_levels = geometric_sigma_schedule(40, sigma_min, sigma_max).tolist()
+x = sample_data(2000) + sigma_min * torch.randn(2000, 2)
+learned = log_likelihood(score_with_graph, x, likelihood_levels, log_gaussian)
+exact = exact_log_density(x, sigma_min)
+difference = learned - exact
+print(f"\nlog density at 2000 fresh points, sigma = {sigma_min:.3g}, mean in nats: "
+      f"learned {learned.mean():.3f}, exact {exact.mean():.3f},\ndifference "
+      f"{difference.mean():.3f} (standard error {difference.std() / math.sqrt(2000):.3f}; "
+      "good: within 0.05)")
 
 
 # %% Extra: is this a DDPM?
@@ -819,8 +892,7 @@ if alphas:
 
 
 # %% Result
-print(f"\npictures in {args.outdir}: generation.png (look at it first), quiver.png, "
-      "denoise_scatter.png, training.png, samplers.png")
+print(f"\npictures in {args.outdir}; look at generation.gif first")
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # What `uv run` installs for this script:

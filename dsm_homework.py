@@ -19,8 +19,9 @@ last line:
 
 score_err is the relative error of the learned score: 0 is exact, 1 no better than s = 0. SW2 is the
 sliced Wasserstein distance of the samples to fresh noisy data; its floor is that of fresh noisy
-data to other fresh noisy data. Samples with up to 1.3 floors are good. SW2_tweedie is the distance
-to clean data, after a last step that takes the noise away, and clean_floor its floor.
+data to other fresh noisy data; samples whose SW2 is at most 1.3 times the floor are good.
+SW2_tweedie is the distance to clean data, after a last step that takes the noise away, and
+clean_floor its floor.
 
 Read beside: notes 001 task 2; 003 sections 4.1.2 and 4.4; theory.md sections 4 and 6.
 """
@@ -99,7 +100,10 @@ torch.set_num_threads(1)                            # a second core is no help t
 # closer to each other than TAU, this is a mixture of 400 equal Gaussians. The noise sigma, which we
 # add, only makes each of them wider.
 def generate_moons_data(count):
-    """The homework's train_data (0.8 count, 2), train_labels, test_data, test_labels."""
+    """The homework's train_data (0.8 count, 2), train_labels, test_data, test_labels.
+
+    The labels tell the moon. Nothing here needs them, but the homework's function returns them.
+    """
     data, labels = make_moons(count, noise=TAU)
     data = data.astype("float32")
     split = int(0.8 * count)
@@ -121,12 +125,13 @@ def sample_data(n):
 def exact_score(x, sigma):
     """grad log q_sigma(x) = sum over k of share_k(x) (centre_k - x) / (TAU^2 + sigma^2). -> (B, 2)
 
-    share_k is the chance that x came from centre k, by Bayes' rule: the arrow points to the mean of
-    the centres that x may have come from.
+    share_k is the chance that x came from centre k: the arrow points to the mean of the centres
+    that x may have come from.
     """
     variance = TAU**2 + sigma**2
     to_centre = centres - x[:, None]                               # (B, 400, 2)
-    share = (-to_centre.square().sum(dim=2) / (2 * variance)).softmax(dim=1)
+    log_density = -to_centre.square().sum(dim=2) / (2 * variance)  # of each Gaussian, + a constant
+    share = log_density.softmax(dim=1)                             # Bayes' rule: density over sum
     return (share[:, :, None] * to_centre).sum(dim=1) / variance
 
 
@@ -158,13 +163,13 @@ def make_score_model():
 
 # %% Loss
 # The homework's class. From a noisy point x + sigma eps, which way is it back to the clean point x?
-# The arrow back is -sigma eps. As target the network gets it divided by sigma^2, a gradient by
-# noisy_x:
+# The arrow back is -sigma eps. As target the network gets it divided by sigma^2, because then it is
+# a gradient with respect to noisy_x:
 #     log q(noisy_x | x) = -|noisy_x - x|^2 / (2 sigma^2) + constant
 #     grad log q(noisy_x | x) = -(noisy_x - x) / sigma^2 = -eps/sigma
 # Many clean points can lie behind one noisy point. The network sees the noisy point only, and since
-# the loss is a square, the best that it can answer is the mean of their targets. This mean is the
-# score of the noisy data (theory.md 4.1):
+# the loss is a square, the best that it can answer is the mean of their targets. With p for the
+# density of the clean data (001's pi), this mean is the score of the noisy data (theory.md 4.1):
 #     sum over x of p(x | noisy_x) grad log q(noisy_x | x)
 #   = sum over x of p(x) q(noisy_x | x) grad log q(noisy_x | x) / q_sigma(noisy_x)     (Bayes)
 #   = sum over x of p(x) grad q(noisy_x | x) / q_sigma(noisy_x)         since q grad log q = grad q
@@ -189,15 +194,15 @@ class DenoisingScoreMatcher(nn.Module):
         return self.sigma.device
 
     def forward(self, x):
-        """(s(noisy_x) + eps/sigma)^2, of x's shape.
+        """(s(noisy_x) - target)^2 with the target -eps/sigma, of x's shape.
 
-        The target is -eps/sigma, so s - target has a plus. (In 001's formula of the target the
-        grad is missing.)
+        There is no 1/2, as in the homework: a factor moves no minimum. (In 001's formula of the
+        target the grad is missing.)
         """
         eps = torch.randn_like(x)
         noisy_x = x + self.sigma * eps
-        s = self.score_model(noisy_x)
-        return (s + eps / self.sigma) ** 2
+        target = -eps / self.sigma                       # of the same eps; of another: s = 0
+        return (self.score_model(noisy_x) - target) ** 2
 
     def loss(self, x):
         """The mean over the batch of |s - target|^2, a sum over coordinates: a scalar in a dict.
@@ -223,11 +228,12 @@ class DenoisingScoreMatcher(nn.Module):
 
 # %% Training
 # The loss soon stops falling, far from 0: most of it is the spread of the targets around their
-# mean, which no network can learn. This part is its floor, the loss of the exact score s*. At every
-# noisy point target - s* is 0 in the mean, so
-#     E|s - target|^2 = E|s* - target|^2 + E|s - s*|^2 = floor + (relative error)^2 E|s*|^2
-# with the relative error sqrt(E|s - s*|^2 / E|s*|^2). It tells what is learned. In the loss the
-# last part is soon too small to be seen.
+# mean, which no network can learn. This part is its floor, the loss of the exact score s*. For
+#     |s - target|^2  =  |s - s*|^2  +  2 (s - s*) . (s* - target)  +  |s* - target|^2,
+# and at every noisy point the mean of the targets is s*, so that the middle vanishes:
+#     loss of s  =  E|s - s*|^2  +  floor.
+# What is learned shows in the first part alone, which is soon too small to be seen in the loss.
+# Hence the relative error, sqrt(E|s - s*|^2 / E|s*|^2): 0 is exact, and s = 0 has the error 1.
 def score_power(sigma):
     """E|s*|^2 under q_sigma, a mean over 20000 fresh points: a number."""
     x = sample_data(20000)
@@ -244,7 +250,7 @@ def relative_error(matcher, x):
 
 @torch.no_grad()
 def loss_at_test_points(matcher):
-    """With 20 draws of the noise for each point."""
+    """The loss at the test points, with 20 draws of the noise for each: a number."""
     return matcher.loss(x_test.repeat(20, 1))["total_loss"].item()
 
 
@@ -254,8 +260,8 @@ def train(matcher, epochs):
     x_check += matcher.sigma * torch.randn_like(x_check)
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
     # The learning rate rises for 15 % of the steps, then falls to 0. The high rates in the middle
-    # learn fast, and the low ones at the end take out the noise of the steps. (This also moves
-    # Adam's first beta the other way.)
+    # learn fast, and the low ones at the end take out the noise of the steps. (Adam's momentum
+    # goes the other way.)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=args.lr, epochs=epochs, pct_start=0.15,
         steps_per_epoch=math.ceil(len(x_data) / args.batch))
@@ -281,8 +287,8 @@ def train(matcher, epochs):
 model = make_score_model()
 matcher = DenoisingScoreMatcher(model, (2,), args.sigma)
 loss_of_zero = 2 / args.sigma**2                         # s = 0: E|eps/sigma|^2 in 2-D
-power = score_power(args.sigma)                          # by the equation above, with s = 0:
-floor_of_loss = loss_of_zero - power
+power = score_power(args.sigma)
+floor_of_loss = loss_of_zero - power                     # loss = E|s - s*|^2 + floor, with s = 0
 started = time.time()
 history = train(matcher, args.epochs)
 train_s = time.time() - started
@@ -293,7 +299,8 @@ print(f"\nloss of s = 0: {loss_of_zero:.2f}, E|s*|^2: {power:.2f}, their differe
 for row in history:
     print(f"{row['epoch']:5d} {row['loss']:16.2f} {row['test_loss']:12.2f} {row['error']:23.3f}")
 score_err = history[-1]["error"]
-# The loss of a point varies about as much as |eps/sigma|^2, whose standard deviation is its mean.
+# The loss of a point varies about as much as |eps/sigma|^2, whose standard deviation is, in 2-D,
+# its mean.
 uncertainty = loss_of_zero / math.sqrt(20 * len(x_test))
 print(f"The last error makes {score_err**2 * power:.2f} of the loss. "
       f"(The test loss is uncertain by {uncertainty:.1f}.)")
@@ -321,7 +328,8 @@ print(f"\nat the test point ({point[0, 0]:.2f}, {point[0, 1]:.2f}) the score is 
 # score is the mean of the arrows (x_clean - x) / sigma^2 (cell Loss); solve for the mean of the
 # clean points that could lie behind x: it is x + sigma^2 s(x). Means vary less than points. Across
 # a moon s is nearly -x / (TAU^2 + sigma^2), so the step multiplies x by TAU^2 / (TAU^2 + sigma^2):
-# by default, points 0.14 wide become points 0.07 wide, while the data are 0.1 wide.
+# by default, perfect samples with a standard deviation of 0.14 across a moon get one of 0.07, while
+# that of the data is 0.1.
 @torch.no_grad()
 def tweedie(matcher, x):
     """The mean of the clean points behind x, (B, 2) -> (B, 2)."""
@@ -409,15 +417,16 @@ with open(os.path.join(args.outdir, "summary.json"), "w") as file:
 #     x  <-  (1 - eta/(2V)) x + sqrt(eta) z,
 # and the variance v of the chains becomes
 #     v  <-  (1 - eta/(2V))^2 v + eta.
-# It stays where it is at v = V / (1 - eta/(4V)). With eta = 4V the factor 1 - eta/(2V) is -1: the
-# step jumps to the other side of the moon, just as far out. Hence limit = 4V. With the default eta,
-# an eighth of the limit, v is 8/7 V, and so the width sqrt(v) is 7 % too large (theory.md 6.2).
-# Beyond the limit a step jumps further out than it was. Near the moons it may land among other
-# points; far from them the exact score is about -x/V again, and the jumps grow for ever.
+# It stays where it is if (eta/V - eta^2/(4V^2)) v = eta, that is v = V / (1 - eta/(4V)). With the
+# default eta, an eighth of 4V, this is 8/7 V, and so the width sqrt(v) is 7 % too large (theory.md
+# 6.2). With eta = 4V the factor 1 - eta/(2V) is -1: the step jumps to the other side of the moon,
+# just as far out. Hence limit = 4V. Beyond the limit it jumps further out than it was. Near the
+# moons it may land among other points; far from them the exact score is about -x/V again, and the
+# jumps grow for ever.
 def has_left(x):
     """Which points (B, 2) are far from all data, or no longer finite: (B,) of bool."""
-    near = x.norm(dim=1) < 6 * (1 + args.sigma)          # false for nan, too
-    return ~near
+    near = x.norm(dim=1) < 6 * (1 + args.sigma)          # data end near 2.3 + 3 sigma
+    return ~near                                         # nan is not near, either
 
 
 def run_chains(matcher, x, eta):
@@ -441,7 +450,7 @@ def first_to_leave(matcher, x, eta):
 
 
 def right_share(x):
-    """The share of the points (B, 2) at the right end of the moons, where no start lies."""
+    """The share of the points (B, 2) at the right end of the lower moon, right of all starts."""
     return (x[:, 0] > 1.1).float().mean().item()
 
 
@@ -454,7 +463,7 @@ def measure_chains(x):
     return {"ratio": ratio, "upper": upper_share(x), "right": right_share(x), "left": left}
 
 
-etas = [limit / 80, limit / 8, 5 / 8 * limit, 2 * limit]     # the second is the default --eta
+etas = [limit / 80, limit / 8, 5 / 8 * limit, 2 * limit]     # limit / 8 is --eta by default
 chains = {}                                              # eta -> steps -> points
 for eta in etas:
     chains[eta] = run_chains(matcher, 2 * torch.rand(args.n_samples, 2) - 1, eta)
@@ -466,7 +475,7 @@ for eta in etas:
         measured = measure_chains(x)
         print(f"{eta:6.3g} {eta / limit:10.4f} {steps:6d} {measured['ratio']:10.2f} "
               f"{measured['upper']:18.2f} {measured['right']:13.2f} {measured['left']:10.2f}")
-print(f"data: {1:29.2f} {0.5:18.2f} {in_data:13.2f} {0:10.2f}")
+print(f"data:                          1.00               0.50 {in_data:13.2f}       0.00")
 step = first_to_leave(matcher, 2 * torch.rand(args.n_samples, 2) - 1, etas[-1])
 print(f"With the last eta the first chain leaves at step {step}.")
 
@@ -641,9 +650,10 @@ fig.savefig(os.path.join(args.outdir, "sigma_row.png"))
 # TAU^2, across). Three variants:
 #   temperature      The noise is multiplied by sqrt(T), and the variance by T: a sharper density.
 #   M = covariance   The score is multiplied by a matrix M, and the noise by its root. Along an axis
-#                    of M this is the same as a step M eta: long where the Gaussian is long. In 100
-#                    steps, which are otherwise too few along, it settles in both directions.
+#                    of M this is a plain step, of length M eta: long where the Gaussian is long. In
+#                    100 steps, which are otherwise too few along, it settles in both directions.
 #   M = its inverse  So 003 has it, by mistake: steps are shortest where the Gaussian is longest.
+# Formula and last column are for across, where all have settled (chance: up to 3 standard errors).
 variances = torch.tensor([1.0, args.sigma**2 + TAU**2])                   # along, across
 
 
@@ -669,22 +679,22 @@ def preconditioned_langevin(score, x, num_steps, eta, M):
     return x
 
 
-def print_row(name, x, eta, eta_over_4V, temperature=1.0):
-    """Variances of chains x (n, 2), beside the formula across."""
+def print_row(name, x, eta, step_over_4V, temperature=1.0):
+    """Variances of chains x (n, 2), beside the formula across; the step is eta, or M eta across."""
     along, across = (x.var(dim=0) / variances).tolist()
-    formula = temperature / (1 - eta_over_4V)
+    formula = temperature / (1 - step_over_4V)
     standard_error = formula * math.sqrt(2 / len(x))     # of the variance of n Gaussian numbers
-    print(f"{name:22s} {eta:7.2g} {eta_over_4V:9.3f} {along:9.2f} {across:8.3f} {formula:9.3f} "
+    print(f"{name:22s} {eta:7.2g} {step_over_4V:9.3f} {along:9.2f} {across:8.3f} {formula:9.3f} "
           f"{(across - formula) / standard_error:15.1f}")
 
 
-start = 2 * torch.rand(20000, 2) - 1                     # of the variance 1/3
+start = 2 * torch.rand(20000, 2) - 1                     # of the variance 1/3, and V = 1 along
 V = variances[1].item()
-print("\n100 steps                                   variance of the chains / V        off by\n"
-      "on a Gaussian              eta  eta/(4V)    along   across  formula  standard errors")
-for eta_over_4V in [0.125, 0.625]:
-    eta = eta_over_4V * 4 * V
-    print_row("Langevin", langevin(gaussian_score, start, 100, eta), eta, eta_over_4V)
+print("\n100 steps                                  variance of the chains / V          off by\n"
+      "on a Gaussian              eta step/(4V)     along   across   formula standard errors")
+for step_over_4V in [0.125, 0.625]:
+    eta = step_over_4V * 4 * V
+    print_row("Langevin", langevin(gaussian_score, start, 100, eta), eta, step_over_4V)
 eta = 0.125 * 4 * V
 x = langevin(gaussian_score, start, 100, eta, temperature=0.5)
 print_row("temperature 1/2", x, eta, 0.125, temperature=0.5)
@@ -741,19 +751,20 @@ def mala(log_density, score, x, num_steps, eta):
     return x, np.mean(acceptances)
 
 
-def print_mala(name, x, eta, eta_over_4V, acceptance):
+def print_mala(name, x, eta, step_over_4V, acceptance):
     """Variances of chains x (n, 2), scaled to V = 1, and the share of accepted steps."""
     along, across = x.var(dim=0).tolist()
-    print(f"{name:22s} {eta:7.2g} {eta_over_4V:9.3f} {along:9.2f} {across:8.3f} {acceptance:11.3f}")
+    print(f"{name:22s} {eta:7.2g} {step_over_4V:9.3f} {along:9.2f} {across:8.3f} "
+          f"{acceptance:11.3f}")
 
 
 start = 2 * torch.rand(20000, 2) - 1
 print("\n100 steps                                   variance / V (right: 1)\n"
-      "on a Gaussian              eta  eta/(4V)    along   across     accepted")
-for eta_over_4V in [0.125, 0.625]:
-    eta = eta_over_4V * 4 * variances[1].item()
+      "on a Gaussian              eta step/(4V)     along   across    accepted")
+for step_over_4V in [0.125, 0.625]:
+    eta = step_over_4V * 4 * variances[1].item()
     x, acceptance = mala(gaussian_log_density, gaussian_score, start, 100, eta)
-    print_mala("MALA", x / variances.sqrt(), eta, eta_over_4V, acceptance)
+    print_mala("MALA", x / variances.sqrt(), eta, step_over_4V, acceptance)
 # With M = covariance: the same as plain steps in the coordinates x / sqrt(variances), where V = 1.
 x, acceptance = mala(normal_log_density, normal_score, start / variances.sqrt(), 100, 0.625 * 4)
 print_mala("MALA, M = covariance", x, 0.625 * 4, 0.625, acceptance)
@@ -770,8 +781,7 @@ for d, eta in [(100, 0.2), (100, 0.5), (100, 0.8), (100, 1.1), (800, 1.1), (800,
 
 
 # %% Result
-print(f"\npictures in {args.outdir}: grid.png (look at it first), fields.png, trajectories.png, "
-      "sigma_row.png")
+print(f"\npictures in {args.outdir}; look at grid.png first")
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # What `uv run` installs for this script:

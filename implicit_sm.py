@@ -17,8 +17,8 @@ against it. The default run takes 30 s on one core (Python 3.11, torch 2.13.0). 
 
 err_1d, err_2d and err_hutchinson are relative errors of learned scores: 0 is exact, 1 no better
 than s = 0. SW2 is the sliced Wasserstein distance of the samples to fresh data, and its floor that
-of fresh data to other fresh data: samples with up to 1.3 floors are good. (identity, before them,
-is by how much the theorem is missed: round-off.)
+of fresh data to other fresh data: samples whose SW2 is at most 1.3 times the floor are good. (The
+line has identity=4e-16, too: by how much the theorem is missed, which is round-off.)
 
 Read beside: notes 001 problem 2; 002 part 1.3 and its closing question; 003 sections 4.1, 4.2.1,
 exercise 4.1; theory.md sections 3, 9 and 10.
@@ -67,7 +67,7 @@ parser.add_argument("--batch", type=number(int, 1, 10**6), default=512, help="po
 parser.add_argument("--lr", type=number(float, 1e-8, 1), default=0.02, help="peak of the rate")
 parser.add_argument("--K", type=number(int, 1, 10**5), default=200, help="Langevin steps")
 parser.add_argument("--eta", type=number(float, 1e-6, 2), default=0.1,
-                    help="Langevin step (on these data they run away from 4 on)")
+                    help="Langevin step (of these data, up to 2: from 4 on the points run away)")
 parser.add_argument("--n_samples", type=number(int, 2, 10**6), default=2000,
                     help="points in a set of samples")
 parser.add_argument("--n_few", type=number(int, 2, 10**6), default=30,
@@ -89,8 +89,8 @@ except OSError as error:
 if not os.access(args.outdir, os.W_OK):
     parser.error(f"argument --outdir: cannot write to {args.outdir}")
 if args.activation == "relu":
-    print("warning: with relu the gradient of the loss is wrong, because autograd does not see "
-          "the jumps of ds/dx move; the extra \"what does a ReLU do?\" has more")
+    print("warning: with relu the gradient of the loss is wrong and little is learned; the extra "
+          "\"what does a ReLU do?\" says why")
 
 torch.manual_seed(args.seed)
 torch.set_num_threads(1)                            # a second core is no help to so small a net
@@ -102,9 +102,10 @@ torch.set_num_threads(1)                            # a second core is no help t
 def gmm_score(x, means, weights, stds=1.0):
     """grad log p(x) = sum over k of share_k(x) (mean_k - x) / std_k^2, (..., d) -> (..., d).
 
-    Of 003 section 4.1.3: means (K, d) and weights (K,) may be lists. stds is a number or (K,).
+    Called as in 003 section 4.1.3: means (K, d) may be a list of points, weights (K,) a list of
+    numbers. stds is a number or (K,).
     """
-    means = torch.stack(list(means)).to(x)               # to(x): of x's type
+    means = torch.stack([torch.as_tensor(mean) for mean in means]).to(x)      # to(x): of x's type
     weights = torch.as_tensor(weights).to(x)
     stds = torch.as_tensor(stds).to(x).expand(len(means))
     d = means.shape[1]
@@ -135,11 +136,11 @@ class Mixture:
 
     def density(self, x):
         """p(x), (..., d) -> (...)."""
-        stds = self.stds.to(x)[:, None]                               # (K, 1)
-        z = (x[..., None, :] - self.means) / stds                     # (..., K, d)
-        normal = (-0.5 * z.square()).exp() / (math.sqrt(2 * math.pi) * stds)
-        normal = normal.prod(dim=-1)                                  # (..., K)
-        return (self.weights * normal).sum(dim=-1)
+        stds = self.stds.to(x)                                        # (K,), of x's type
+        to_mean = self.means - x[..., None, :]                        # (..., K, d)
+        square = to_mean.square().sum(dim=-1) / stds**2               # (..., K)
+        factor = (math.sqrt(2 * math.pi) * stds) ** x.shape[-1]
+        return (self.weights * (-0.5 * square).exp() / factor).sum(dim=-1)
 
     def score(self, x):
         """grad log p(x), (..., d) -> (..., d)."""
@@ -163,7 +164,7 @@ def exact_score(x):
 #
 #     E(s - s*)^2 / 2  =  E s^2 / 2  -  E[s s*]  +  E s*^2 / 2.
 #
-# Only the middle has both. But s* = p'/p, so it is an integral of s p', and by parts
+# Only the middle has both s and s*. But s* = p'/p, so it is an integral of s p', and by parts
 #
 #     E[s s*]  =  integral of s p'  =  [s p] at the ends  -  integral of s' p  =  0 - E s'.
 #
@@ -173,11 +174,12 @@ def exact_score(x):
 #
 # The first mean is the "implicit" loss: it needs points and s only. I/2 does not depend on s. Here
 # are both sides for a few s, as areas under curves on a fine grid. (003 has no 1/2 on the left.
-# What it calls a constant is then 2 explicit - implicit, and changes with s: the last column.)
+# What it calls a constant is then 2 explicit - implicit = implicit + I, and changes with s: the
+# last column.)
 def both_sides(s, x, p, s_exact):
     """explicit and implicit loss of s on the grid x under the density p, all (N,): two numbers."""
     # Each s(x) depends on its own x only, so the gradient of their sum has all the slopes.
-    slope, = torch.autograd.grad(s.sum(), x)                          # s'(x) at each x, (N,)
+    slope = torch.autograd.grad(s.sum(), x)[0]                        # s'(x) at each x, (N,)
     explicit = torch.trapezoid(p * (s - s_exact) ** 2 / 2, x)
     implicit = torch.trapezoid(p * (s**2 / 2 + slope), x)
     return explicit.item(), implicit.item()
@@ -187,16 +189,16 @@ x = torch.linspace(-9, 9, 18001, dtype=torch.float64, requires_grad=True)
 p = law_1d.density(x[:, None])
 s_exact = law_1d.score(x[:, None])[:, 0]
 half_fisher_1d = torch.trapezoid(p * s_exact**2 / 2, x).item()
-functions = {"-x": -x, "x^2": x**2, "sin 3x": torch.sin(3 * x), "s*": s_exact}   # s on the grid
-largest_gap = 0.0
+values_of_s = {"-x": -x, "x^2": x**2, "sin 3x": torch.sin(3 * x), "s*": s_exact}   # s on the grid
+largest_difference = 0.0
 print(f"The 1-D mixture, I/2 = {half_fisher_1d:.5f} (difference: good if it is round-off)\n"
       "s(x)      implicit     explicit   implicit + I/2   difference   003's \"constant\"")
-for name, s in functions.items():
+for name, s in values_of_s.items():
     explicit, implicit = both_sides(s, x, p, s_exact)
-    gap = explicit - implicit - half_fisher_1d
-    largest_gap = max(largest_gap, abs(gap))
+    difference = explicit - implicit - half_fisher_1d
+    largest_difference = max(largest_difference, abs(difference))
     print(f"{name:7s} {implicit:10.5f} {explicit:12.5f} {implicit + half_fisher_1d:16.5f} "
-          f"{gap:12.0e} {2 * explicit - implicit:18.5f}")
+          f"{difference:12.0e} {2 * explicit - implicit:18.5f}")
 
 # The ends matter. Exp(1) has p = exp(-x) for x > 0 and s* = -1. At its end x = 0 the density jumps
 # to 0, and [s p] = -s(0) p(0) is left, so that E[s s*] = -s(0) p(0) - E s' and
@@ -212,28 +214,28 @@ print("\nExp(1), I/2 = 0.5\n"
 for constant in [0.0, -1.0, -2.0]:
     s = constant + 0 * x                                 # so that autograd finds x in it
     explicit, implicit = both_sides(s, x, p, s_exact)
-    gap = explicit - implicit - 0.5
-    print(f"{constant:<7g} {implicit:10.5f} {explicit:12.5f} {implicit + 0.5:16.5f} {gap:12.5f} "
-          f"{constant:13.5f}")
+    difference = explicit - implicit - 0.5
+    print(f"{constant:<7g} {implicit:10.5f} {explicit:12.5f} {implicit + 0.5:16.5f} "
+          f"{difference:12.5f} {constant:13.5f}")
 
 
 # %% Loss
 # In d dimensions s' becomes tr ds/dx = ds_1/dx_1 + ... + ds_d/dx_d, the trace of the Jacobian J.
 # Autograd gives one row of J in a backward pass, so the trace takes d passes. Hutchinson's estimate
-# takes one, with a random vector v of mean products E v_i v_j = 1 for i = j and 0 otherwise: then
-# E[v^T J v] = tr J. (enable_grad: so that both can be called under torch.no_grad(), too.)
-@torch.enable_grad()
+# takes one. Draw a random sign v_i for each coordinate. Then E[v_i v_j] is 1 for i = j and 0
+# otherwise, so that of E[v^T J v] = sum over i, j of E[v_i v_j] ds_i/dx_j the trace is left.
+@torch.enable_grad()                                     # 003's fails under torch.no_grad()
 def compute_score_matching_loss(model, x):
     """Mean of |s|^2 / 2 + tr ds/dx over the points x (B, d) -> (); 003 section 4.2.1."""
-    x = x.detach().requires_grad_()                      # a tensor of our own: the caller's stays
+    x = x.detach().requires_grad_()                      # the caller's x stays as it is
     s = model(x)                                         # (B, d)
     trace = 0
     for i in range(x.shape[1]):
         # create_graph: the weights' gradient will be taken of this derivative. (It also keeps the
         # graph for the next i. With retain_graph alone the trace would be a constant to the
         # weights, and s = 0 the best.)
-        grad_i, = torch.autograd.grad(s[:, i].sum(), x, create_graph=True)     # (B, d)
-        trace = trace + grad_i[:, i]                     # ds_i/dx_i at each point, (B,)
+        row = torch.autograd.grad(s[:, i].sum(), x, create_graph=True)[0]      # (B, d), row i of J
+        trace = trace + row[:, i]                        # ds_i/dx_i at each point, (B,)
     return (0.5 * s.square().sum(dim=1) + trace).mean()
 
 
@@ -246,7 +248,7 @@ def compute_score_matching_loss_hutchinson(model, x, n_hutchinson=1):
     for _ in range(n_hutchinson):
         # 003 draws v from N(0, I). Random signs vary less: v_i^2 is always 1.
         v = torch.randn_like(x).sign()                                         # (B, d)
-        vJ, = torch.autograd.grad((v * s).sum(), x, create_graph=True)         # v^T ds/dx, (B, d)
+        vJ = torch.autograd.grad((v * s).sum(), x, create_graph=True)[0]       # v^T J, (B, d)
         trace = trace + (vJ * v).sum(dim=1)
     return (0.5 * s.square().sum(dim=1) + trace / n_hutchinson).mean()
 
@@ -296,7 +298,8 @@ def train(model, loss_function, x_train, x_fresh):
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)   # fused: faster
     # The learning rate rises for 15 % of the steps, then falls to 0. The high rates in the middle
-    # learn fast, and the low ones at the end take out the noise of the steps.
+    # learn fast, and the low ones at the end take out the noise of the steps. (Adam's momentum
+    # goes the other way.)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
     history = {"step": [], "loss": [], "fresh_loss": []}
     interval = max(1, args.steps // 20)
@@ -335,6 +338,53 @@ train_s = time.time() - started
 torch.save(model.state_dict(), os.path.join(args.outdir, "model.pt"))
 
 
+def measure(model, law, x):
+    """At fresh points x (n, d) of a law: a dict with loss, exact_loss and error, three numbers.
+
+    exact_loss is the loss of the exact score s* at the same points; only by chance can another one
+    be below it. error is sqrt(mean |s - s*|^2 / mean |s*|^2).
+    """
+    exact = law.score(x)
+    return {"loss": compute_score_matching_loss(model, x).item(),
+            "exact_loss": compute_score_matching_loss(law.score, x).item(),
+            "error": ((model(x) - exact).norm() / exact.norm()).item()}
+
+
+columns = "training: loss   exact score's    fresh: loss   exact score's    relative error"
+
+
+def print_row(name, history, exact_loss, measured):
+    """A line of a table of networks, below `columns`: a training loss is that of the last steps."""
+    print(f"{name:26s} {history['loss'][-1]:14.3f} {exact_loss:15.3f} {measured['loss']:14.3f} "
+          f"{measured['exact_loss']:15.3f} {measured['error']:17.3f}")
+
+
+measured_1d = measure(model_1d, law_1d, x_fresh_1d)
+measured_2d = measure(model, law_2d, x_fresh)
+measured_hutchinson = measure(model_hutchinson, law_2d, x_fresh)
+exact_loss_1d = compute_score_matching_loss(law_1d.score, x_data_1d).item()
+exact_loss_2d = compute_score_matching_loss(law_2d.score, x_data).item()
+axis = torch.linspace(-8, 8, 321)                        # I/2 in 2-D: a sum over cells 0.05 wide
+plane = torch.cartesian_prod(axis, axis)
+square = exact_score(plane).square().sum(dim=1)
+half_fisher_2d = (law_2d.density(plane) * square / 2).sum().item() * 0.05**2
+
+print("\nImplicit loss at training and at fresh points, each beside that of the exact score there\n"
+      f"(in the mean the least possible, -I/2 = {-half_fisher_1d:.3f} in 1-D, "
+      f"{-half_fisher_2d:.3f} in 2-D)\n{'network':26s} {columns}")
+print_row(f"1-D, {args.activation}, exact trace", history_1d, exact_loss_1d, measured_1d)
+print_row(f"2-D, {args.activation}, exact trace", history_2d, exact_loss_2d, measured_2d)
+print_row(f"2-D, {args.activation}, Hutchinson ({args.n_hutchinson})", history_hutchinson,
+          exact_loss_2d, measured_hutchinson)
+
+points = torch.tensor([[-2.0], [-1.0], [-0.5], [0.0], [1.0], [2.0]])
+exact_there = law_1d.score(points)
+learned_there = model_1d(points)
+print("\n1-D:           x" + "".join(f"{value:8.2f}" for value in points[:, 0]))
+print("     exact score" + "".join(f"{value:8.2f}" for value in exact_there[:, 0]))
+print("   learned score" + "".join(f"{value:8.2f}" for value in learned_there[:, 0]))
+
+
 # %% Sampling
 # Langevin dynamics walks along the score and is shaken at every step, and so ends up distributed as
 # the density whose score it follows. It starts from one Gaussian as wide as the data. Its steps
@@ -360,25 +410,13 @@ for _ in tqdm(range(4), desc="sampling", leave=False):   # one set says little a
 samples = sample_sets[-1]                                # (n_samples, 2)
 if not torch.isfinite(torch.cat(sample_sets)).all():
     sys.exit("the Langevin chains ran away, for the learned score does not lead back to the data: "
-             "train longer, or with a smooth --activation")
+             "train longer, with more points --n, or with a smooth --activation")
 np.save(os.path.join(args.outdir, "samples.npy"), samples.numpy())
 
 
 # %% Check
-# How far is the learned score from the exact one, and its loss from the least possible? And how far
-# are the samples from the data? Even two fresh sets of data are some way apart: that is the floor.
-def measure(model, law, x):
-    """At fresh points x (n, d) of a law: a dict with loss, exact_loss and error, three numbers.
-
-    exact_loss is the loss of the exact score s* at the same points; only by chance can another one
-    be below it. error is sqrt(mean |s - s*|^2 / mean |s*|^2).
-    """
-    exact = law.score(x)
-    return {"loss": compute_score_matching_loss(model, x).item(),
-            "exact_loss": compute_score_matching_loss(law.score, x).item(),
-            "error": ((model(x) - exact).norm() / exact.norm()).item()}
-
-
+# How far are the samples from the data? Even two fresh sets of data are some way apart: that is the
+# floor.
 def sorted_projections(x):
     """(n, 2) -> (32, n): the points seen along 32 directions, in order."""
     angles = math.pi * torch.arange(32) / 32
@@ -399,37 +437,6 @@ def mean_sw2(sets, other_sets):
     return np.mean(distances)
 
 
-columns = "last batches    fresh points    exact score there    relative error"
-
-
-def print_row(name, history, measured):
-    """A line of a table of networks, below `columns`."""
-    print(f"{name:26s} {history['loss'][-1]:12.3f} {measured['loss']:15.3f} "
-          f"{measured['exact_loss']:20.3f} {measured['error']:17.3f}")
-
-
-measured_1d = measure(model_1d, law_1d, x_fresh_1d)
-measured_2d = measure(model, law_2d, x_fresh)
-measured_hutchinson = measure(model_hutchinson, law_2d, x_fresh)
-axis = torch.linspace(-8, 8, 321)                        # I/2 in 2-D: a sum over cells 0.05 wide
-plane = torch.cartesian_prod(axis, axis)
-square = exact_score(plane).square().sum(dim=1)
-half_fisher_2d = (law_2d.density(plane) * square / 2).sum().item() * 0.05**2
-
-print(f"\nImplicit loss (least possible: -I/2 = {-half_fisher_1d:.3f} in 1-D, "
-      f"{-half_fisher_2d:.3f} in 2-D)\nnetwork                    {columns}")
-print_row(f"1-D, {args.activation}, exact trace", history_1d, measured_1d)
-print_row(f"2-D, {args.activation}, exact trace", history_2d, measured_2d)
-print_row(f"2-D, {args.activation}, Hutchinson ({args.n_hutchinson})", history_hutchinson,
-          measured_hutchinson)
-
-points = torch.tensor([[-2.0], [-1.0], [-0.5], [0.0], [1.0], [2.0]])
-exact_there = law_1d.score(points)
-learned_there = model_1d(points)
-print("\n1-D:           x" + "".join(f"{value:8.2f}" for value in points[:, 0]))
-print("     exact score" + "".join(f"{value:8.2f}" for value in exact_there[:, 0]))
-print("   learned score" + "".join(f"{value:8.2f}" for value in learned_there[:, 0]))
-
 fresh_sets = [sorted_projections(law_2d.sample(args.n_samples)) for _ in range(8)]
 perfect_sets = [sorted_projections(law_2d.sample(args.n_samples)) for _ in range(8)]
 sw2 = mean_sw2([sorted_projections(x) for x in sample_sets], fresh_sets)
@@ -438,7 +445,7 @@ print(f"\nSW2 of the 2-D samples to fresh data: {sw2:.4f}, its floor {sw2_floor:
       f"ratio {sw2 / sw2_floor:.2f} (good: below 1.3)")
 
 summary = {"seed": args.seed, "steps": args.steps, "activation": args.activation,
-           "identity": largest_gap, "err_1d": round(measured_1d["error"], 4),
+           "identity": largest_difference, "err_1d": round(measured_1d["error"], 4),
            "err_2d": round(measured_2d["error"], 4),
            "err_hutchinson": round(measured_hutchinson["error"], 4),
            "SW2": round(sw2, 4), "floor": round(sw2_floor, 4),
@@ -530,8 +537,8 @@ fig.savefig(os.path.join(args.outdir, "scores.png"))
 
 # %% Extra: what if there are few points?
 # Then the loss has no least value. With s(x_i) = 0 and s'(x_i) = -k at each training point it is
-# -k, for any k: the network learns the points by heart, and is wrong between them. A training loss
-# below -I/2 is the sign.
+# -k, for any k: the network learns the points by heart, and is wrong between them. The sign is a
+# training loss far below that of the exact score at the same points.
 #
 # Noise is the remedy: it makes many points of one. And it makes the trace superfluous. By parts
 # over eps from N(0, I), with J = ds/dx at x + sigma eps,
@@ -581,11 +588,14 @@ model_few = new_network(x_few)
 model_denoising = new_network(x_few)
 history_few = train(model_few, compute_score_matching_loss, x_few, x_fresh_1d)
 history_denoising = train(model_denoising, implicit_loss_by_denoising, x_few, x_fresh_noisy)
-print(f"\n{args.n_few:5d} points in 1-D        {columns}")
-print_row("implicit", history_few, measure(model_few, law_1d, x_fresh_1d))
-print_row(f"denoising, sigma = {args.sigma:g}", history_denoising,
+exact_loss_few = compute_score_matching_loss(law_1d.score, x_few).item()
+exact_loss_denoising = implicit_loss_by_denoising(noisy_law.score, x_few.repeat(1000, 1)).item()
+name = f"{args.n_few} points in 1-D"
+print(f"\n{name:26s} {columns}")
+print_row("implicit", history_few, exact_loss_few, measure(model_few, law_1d, x_fresh_1d))
+print_row(f"denoising, sigma = {args.sigma:g}", history_denoising, exact_loss_denoising,
           measure(model_denoising, noisy_law, x_fresh_noisy))
-print("(The second row is about the noisy data: their score, and fresh noisy points.)\n\n"
+print("(The second row is about the noisy data: their score, and noisy points.)\n\n"
       "Implicit loss at noisy points, both ways (difference: good below 3 standard errors)\n"
       "s                       by derivatives    by denoising    difference    standard error")
 for name, s in {"sin 3x": wave, "learned by denoising": model_denoising}.items():
@@ -630,8 +640,9 @@ draw_few()
 # s = relu(x - theta) for x from N(0, 1). Its s' is 0 left of theta and 1 right of it, so
 # E s' = P(x > theta), which falls as theta grows, at the rate p(theta). Autograd asks each point
 # how its own s' changes with theta, and hears 0 from all, since s' is constant but for a jump. So
-# its slope of the loss lacks -p(theta), below -p(0.3) = -0.38, and training goes downhill on
-# something else. Smooth units are free of this; so is denoising, which has no s' (theory.md 3.6).
+# its slope of the loss lacks -p(theta), which is -0.38 at theta = 0.3, and training goes downhill
+# on something else. Smooth units are free of this; so is denoising, which has no s' (theory.md
+# 3.6).
 def unit_loss(unit, theta, x):
     """Implicit loss of s = unit(x - theta) at points x (B, 1), a tensor ()."""
     def shifted_unit(x):
@@ -812,10 +823,14 @@ draw_geometry()
 #
 #     grad log q(y)  =  integral of p(x) k(y - x) grad log k(y - x) dx / q(y),
 #
-# the mean of grad log k(n) over all noise n that could have led to y. A network that is trained by
-# squares to answer grad log k(n) when it sees y learns just this mean. So denoising with the target
-# grad log k(n) learns the score of q. Nothing in this is Gaussian, but k must not jump (theory.md
-# 10).
+# the mean of grad log k(n) over all noise n that could have led to y. With the loss
+# |s(y) - target|^2 / 2 and the target grad log k(n), a network learns just this mean: the score of
+# q. Nothing in this is Gaussian, but k must not jump (theory.md 10).
+#
+# What, then, is best about the Gaussian? Of all k without jumps and with the same variance sigma^2
+# it has the shortest targets: E[target^2] sigma^2 is 1, and for all others more (Cramer and Rao;
+# theory.md 10.3). And Gaussian noise on Gaussian noise is Gaussian noise, which the many levels of
+# dsm_2d.py build on.
 #
 # To check it, q's score is also computed without k's slope. Put n = y - x in the place of x, and y
 # stands in p only:  q(y) = integral of p(y - n) k(n) dn,  so that grad log q(y) is the mean of
@@ -830,15 +845,17 @@ class Logistic:
         return self.scale * torch.logit(torch.rand(shape), eps=1e-7)
 
     def log_prob(self, n):
-        return -2 * torch.cosh(n / (2 * self.scale)).log() - math.log(4 * self.scale)
+        # log cosh u = |u| + log(1 + exp(-2 |u|)) - log 2, which cannot overflow.
+        u = (n / (2 * self.scale)).abs()
+        return -2 * (u + torch.log1p(torch.exp(-2 * u))) - math.log(self.scale)
 
 
 class Triangular:
     """The density (a - |n|) / a^2 for |n| < a: that of the sum of two uniform draws.
 
-    Its target -sign(n) / (a - |n|) has no end near the edges. The mean of its square there, the
-    integral of 1 / (a - |n|), is infinite, and so is the loss. A training step meets only finite
-    targets, few of them large, and the best s is finite: it can be learned all the same.
+    Its target -sign(n) / (a - |n|) grows without limit towards the edges, and E[target^2], the
+    integral of 1 / (a^2 (a - |n|)), is infinite. So is the loss, but in its parts E[s^2] / 2 -
+    E[s target] + E[target^2] / 2 only the last is, which has no s in it: s is learned all the same.
     """
 
     def __init__(self, a):
@@ -956,8 +973,7 @@ draw_kernels()
 
 
 # %% Result
-print(f"\npictures in {args.outdir}: scores.png (look at it first), few_points.png, geometry.png, "
-      "kernels.png")
+print(f"\npictures in {args.outdir}; look at scores.png first")
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # What `uv run` installs for this script:
@@ -966,7 +982,6 @@ print(" ".join(f"{key}={value}" for key, value in summary.items()))
 # dependencies = [
 #     "torch==2.13.0",
 #     "numpy==2.4.6",
-#     "scikit-learn==1.9.1",
 #     "matplotlib==3.11.2",
 #     "tqdm==4.70.1",
 # ]

@@ -19,7 +19,8 @@ last line:
 err_... is the relative error of the score that a loss has learned in 20 dimensions: 0 is exact, 1
 no better than s = 0. (exact is the loss without slices, ssm_vr the sliced loss with less variance.)
 SW2 is the sliced Wasserstein distance of the samples, those of two moons, to fresh data, and its
-floor that of fresh data to other fresh data: samples with up to 1.5 floors are good.
+floor that of fresh data to other fresh data: samples whose SW2 is at most 1.5 times the floor are
+good.
 
 Read beside: notes 003 section 4.2.3; 002 part 1.3 and 1.4; theory.md section 5.
 """
@@ -61,7 +62,7 @@ parser.add_argument("--dim", type=number(int, 1, 1000), default=20,
 parser.add_argument("--n", type=number(int, 10, 10**7), default=50_000, help="training points")
 parser.add_argument("--loss", default="ssm_vr", help="whose network makes samples.npy",
                     choices=["explicit", "exact", "ssm", "ssm_vr", "fd_ssm", "dsm"])
-parser.add_argument("--slices", default="rademacher", help="what is drawn for a direction",
+parser.add_argument("--slices", default="rademacher", help="how the directions are drawn",
                     choices=["rademacher", "gaussian", "sphere"])
 parser.add_argument("--n_slices", type=number(int, 1, 10**4), default=1,
                     help="directions for each point and step")
@@ -87,9 +88,7 @@ in_notebook = "kernel_launcher" in sys.argv[0]      # there the command line is 
 args = parser.parse_args([] if in_notebook else None)
 if args.batch > args.n:
     parser.error(f"argument --batch: {args.batch} is more than the {args.n} points of --n")
-# Longer Langevin steps than four times the smallest variance of the Gaussians overshoot and run
-# away (theory.md 6.2).
-limit = {"moons": 0.16, "gmm2": 1.9}[args.data]
+limit = {"moons": 0.16, "gmm2": 1.9}[args.data]          # the cell Sampling says why
 if args.eta >= limit:
     parser.error(f"argument --eta: {args.eta:g} is not below the limit of a Langevin step, {limit}")
 try:                                                     # all settings are right: make the folder
@@ -104,45 +103,53 @@ torch.set_num_threads(1)                            # a second core is no help t
 
 
 # %% Loss: one slice
-# We want the s with the least E|s - grad log p|^2 / 2, but grad log p is what we don't know.
-# Multiplied out, of the terms with s in them only E[-s . grad log p] contains it, and integration
-# by parts turns this into E[tr J]. So, but for a constant, we can minimise
-#     E[tr J + |s|^2 / 2]                           (exact score matching; theory.md 3)
-# from data alone. The trace takes d backward passes, one for each row of J. Now draw v with
-# E[v v^T] = I. Then E[v^T J v] = tr J and E[(v^T s)^2] = |s|^2, so that
+# We want the s with the least distance to s* = grad log p, which is just what we don't know:
+#     E|s - s*|^2 / 2  =  E|s|^2 / 2  -  E[s . s*]  +  E|s*|^2 / 2.
+# The last term has no s in it. In the middle one p s* = grad p, so integrate by parts (s p vanishes
+# far out; theory.md 3):
+#     E[s . s*]  =  integral of s . grad p  =  -integral of p div s  =  -E[tr J].
+# So we can minimise, from data alone,
+#     E[tr J + |s|^2 / 2]                           (exact score matching)
+# but the trace takes d backward passes, one for each row of J. Now draw v with E[v v^T] = I. Then
+# E[v^T J v] = tr J and E[(v^T s)^2] = |s|^2, so that
 #     E[v^T J v + (v^T s)^2 / 2]                    (sliced score matching; theory.md 5.1)
-# is the same number. And v^T J is the gradient of v^T s, v held fixed: one backward pass, for all
-# points at once, since a point's v^T s depends on no other point and so their sum has the gradients
-# of all. (create_graph: the weights' gradient will be taken of this derivative.)
+# is the same number. And v^T J is the gradient of v^T s with respect to x, for fixed v: one
+# backward pass. It does for all points at once, since the v^T s of a point depends on no other
+# point: the gradient of the sum over points has the gradient of each.
+@torch.enable_grad()                                     # 003's fails under torch.no_grad()
 def sliced_score_matching_loss(model, x, n_slices=1, draw=torch.randn_like, reduction="mean"):
     """Mean of v^T J v + (v^T s)^2 / 2 over points and slices.  x (B, d) -> ()
 
-    draw(x) is a random direction for each point, (B, d), with E[v v^T] = I. With another reduction
-    than "mean": one value for each point, (B,). Source: notes 003 section 4.2.3, whose loss is
-    twice this one. (Its second, "improved" version is the same loss again.)
+    draw(x) is a random direction for each point, (B, d), with E[v v^T] = I. As in PyTorch's losses,
+    reduction="none" gives one value for each point, (B,). Source: notes 003 section 4.2.3, whose
+    formula is twice this one. (Its second, "improved" code is the same loss again.)
     """
-    x = x.detach().requires_grad_()                      # to differentiate; not the caller's tensor
+    x = x.detach().requires_grad_()                      # the caller's x stays as it is
     s = model(x)                                         # (B, d)
     total = torch.zeros_like(x[:, 0])                    # (B,)
     for _ in range(n_slices):
         v = draw(x)                                      # (B, d)
         vs = (v * s).sum(dim=1)                          # (B,)
-        vJ, = torch.autograd.grad(vs.sum(), x, create_graph=True)        # (B, d)
+        # create_graph: the weights' gradient will be taken of this derivative.
+        vJ = torch.autograd.grad(vs.sum(), x, create_graph=True)[0]      # (B, d)
         vJv = (vJ * v).sum(dim=1)                        # (B,)
         total = total + vJv + 0.5 * vs**2
     values = total / n_slices
     return values.mean() if reduction == "mean" else values
 
 
-# 003 draws v from the unit sphere. There |v|^2 = 1 is the sum of d parts that are alike, so that
-# E[v v^T] = I / d: such v are too short by the factor sqrt(d).
+# Three ways to draw v.
 def rademacher(x):
-    """A random sign for each coordinate: never more variance than gaussian (theory.md 5.4)."""
+    """A random sign for each coordinate. With it the loss varies no more than with gaussian."""
     return torch.randn_like(x).sign()
 
 
 def sphere(x):
-    """A point on the sphere, of radius sqrt(d) so that E[v v^T] = I."""
+    """A point on the sphere of radius sqrt(d).
+
+    003 draws from the unit sphere, where |v|^2 = 1 is the sum of d parts with equal means, so that
+    E[v v^T] = I / d. The factor sqrt(d) makes up for it.
+    """
     v = torch.randn_like(x)
     return math.sqrt(x.shape[1]) * v / v.norm(dim=1, keepdim=True)
 
@@ -153,21 +160,25 @@ draw = draws[args.slices]
 
 # %% Loss: its relatives
 #              what v multiplies    what is differentiated by x    passes through the network
+#   explicit   nothing              nothing: it has no J           1 forward, and the exact score
+#   exact      nothing              s, along all d axes            1 forward, d backward
 #   ssm        J and s              s, along v                     1 forward, 1 backward per slice
 #   ssm_vr     J                    s, along v                     1 forward, 1 backward per slice
 #   fd_ssm     J and s              nothing: a difference          2 forward per slice
-#   exact      nothing              s, along all d axes            1 forward, d backward
-#   dsm        nothing              nothing: it has no J           1 forward per noise
-#   explicit   nothing              nothing: it has no J           1 forward, and the exact score
+#   dsm        nothing              nothing: it has no J           2 forward, with eps and -eps
 #
-# Training adds one pass back through all of this, to the weights. The first four have the same
-# mean (fd_ssm nearly), and so learn the score of the data; dsm learns that of noisy data. explicit
-# is what all of them stand in for, and can be had only where the answer is known. ssm leaves tr J
-# and |s|^2 to chance, ssm_vr tr J alone.
+# Training adds one pass back through all of this, to the weights. explicit is the goal itself, and
+# can be had only where the answer is known. exact, ssm and ssm_vr are the same in the mean, but for
+# a constant, and fd_ssm nearly: they learn the score of the data. dsm learns that of noisy data.
+#
+# The same in the mean, but ssm leaves tr J and |s|^2 to chance, ssm_vr tr J alone, and exact
+# nothing. The more chance, the noisier are the training steps, and the larger is the error after
+# equally many. |s|^2 grows with d, so this is seen in many dimensions.
+@torch.enable_grad()
 def variance_reduced_loss(model, x, n_slices=1, draw=torch.randn_like, reduction="mean"):
-    """ssm_vr: |s|^2 / 2 itself in the place of its estimate (v^T s)^2 / 2.  x (B, d) -> ()
+    """ssm_vr: ssm with |s|^2 / 2 in the place of its estimate (v^T s)^2 / 2.  x (B, d) -> ()
 
-    Only the trace is left to chance: score matching with Hutchinson's estimate of it.
+    The same as score matching with Hutchinson's estimate of the trace.
     """
     x = x.detach().requires_grad_()
     s = model(x)                                         # (B, d)
@@ -175,16 +186,17 @@ def variance_reduced_loss(model, x, n_slices=1, draw=torch.randn_like, reduction
     for _ in range(n_slices):
         v = draw(x)
         vs = (v * s).sum(dim=1)
-        vJ, = torch.autograd.grad(vs.sum(), x, create_graph=True)
-        total = total + (vJ * v).sum(dim=1)
+        vJ = torch.autograd.grad(vs.sum(), x, create_graph=True)[0]
+        vJv = (vJ * v).sum(dim=1)
+        total = total + vJv
     values = total / n_slices + 0.5 * s.square().sum(dim=1)
     return values.mean() if reduction == "mean" else values
 
 
 def finite_difference_loss(model, x, n_slices=1, draw=torch.randn_like, h=0.01, reduction="mean"):
-    """fd_ssm: ssm from the scores at x + h v and x - h v, which differ by 2 h J v.
+    """fd_ssm: ssm from the scores at x + h v and x - h v, which differ by about 2 h J v.
 
-    x (B, d) -> ()
+    x (B, d) -> (). Their mean stands for s, which saves a third call of the network.
     """
     total = torch.zeros_like(x[:, 0])
     for _ in range(n_slices):
@@ -198,29 +210,32 @@ def finite_difference_loss(model, x, n_slices=1, draw=torch.randn_like, h=0.01, 
     return values.mean() if reduction == "mean" else values
 
 
+@torch.enable_grad()
 def exact_trace_loss(model, x, reduction="mean"):
     """exact: tr J + |s|^2 / 2, with the d axes in the place of v.  x (B, d) -> ()"""
     x = x.detach().requires_grad_()
     s = model(x)                                         # (B, d)
     d = x.shape[1]
     axes = torch.eye(d)[:, None].expand(d, len(x), d)    # (d, B, d): each axis, for every point
-    # d backward passes, all at once, the i-th from axis i: row i of J at every point.
-    J, = torch.autograd.grad(s, x, axes, is_grads_batched=True, create_graph=True)   # (d, B, d)
+    # d backward passes, all at once and so much faster than one by one (exact_trace_loop_loss,
+    # below, is what this means). The i-th goes along axis i: row i of J at every point.
+    J = torch.autograd.grad(s, x, axes, is_grads_batched=True, create_graph=True)[0]  # (d, B, d)
     trace = J.diagonal(dim1=0, dim2=2).sum(dim=1)        # (B,)
     values = trace + 0.5 * s.square().sum(dim=1)
     return values.mean() if reduction == "mean" else values
 
 
 def denoising_loss(model, x, sigma=0.1, reduction="mean"):
-    """dsm: |s(x + sigma eps) + eps/sigma|^2 / 2, the loss of dsm_2d.py at one level.
+    """dsm: |s(x + sigma eps) + eps/sigma|^2 / 2, the loss of dsm_2d.py at one noise level.
 
-    x (B, d) -> (). Each point is used with eps and with -eps, which cancels much chance (theory.md
-    4.5).
+    x (B, d) -> (). The target -eps/sigma leads back to x; its mean over all x that could lie behind
+    a noisy point is the score of the noisy data (theory.md 4.1). Each point is used with eps and
+    with -eps: both are equally likely, and in the gradient much of their chance cancels.
     """
     eps = torch.randn_like(x)
-    eps = torch.stack([eps, -eps])                       # (2, B, d)
-    s = model(x + sigma * eps)                           # (2, B, d)
-    values = 0.5 * (s + eps / sigma).square().sum(dim=2).mean(dim=0)
+    pair = torch.stack([eps, -eps])                      # (2, B, d)
+    s = model(x + sigma * pair)                          # (2, B, d)
+    values = 0.5 * (s + pair / sigma).square().sum(dim=2).mean(dim=0)
     return values.mean() if reduction == "mean" else values
 
 
@@ -264,7 +279,7 @@ class Mixture:
 
 
 def plane_mixture(name):
-    """moons: 80 Gaussians of spread 0.2 on two half circles; gmm2: the two of dsm_2d.py."""
+    """moons: 80 Gaussians of spread 0.2 on two half circles; gmm2: two large Gaussians."""
     if name == "moons":
         centres = torch.tensor(make_moons(80, shuffle=False)[0], dtype=torch.float32)
         return Mixture(centres, 0.2**2 * torch.eye(2).repeat(80, 1, 1))
@@ -314,12 +329,16 @@ class ScoreNet(nn.Module):
 
 
 # %% Training
-# All losses side by side: the same batches, drawn once, and the same first weights and slices,
-# since each run begins with the same seed. What a loss has learned shows in the relative error of
-# the score, sqrt(E|s - s*|^2 / E|s*|^2), at fresh points: against the exact score s* of the data,
-# whose density is p, and against that of the data with the noise of dsm, q_sigma. dsm learns the
-# score of q_sigma: this error of it should be small, and its error against p can't be. For all
-# others it is the other way round.
+# All losses side by side: the same batches, drawn once, the same first weights and the same slices.
+#
+# What a loss has learned shows in the relative error of the score, sqrt(E|s - s*|^2 / E|s*|^2), at
+# fresh points. The exact score s* is that of the data, whose density is p.
+#
+# But dsm learns the score of the data with the noise sigma, whose density is q_sigma. So all are
+# measured against that, too. On moons, whose Gaussians are but 0.2 wide, the noise 0.1 makes a
+# difference: dsm has a small error against q_sigma and can't have one against p, and for the others
+# it is the other way round. In 20 dimensions sigma is so small beside the data that the two errors
+# nearly agree.
 check_points = {}
 check_scores = {}
 for name, law in laws.items():
@@ -328,7 +347,7 @@ for name, law in laws.items():
         check_points[name, sigma] = x + sigma * torch.randn_like(x)
         check_scores[name, sigma] = law.score(check_points[name, sigma], sigma)
 
-batches = torch.randint(args.n, (args.steps, args.batch))             # the points of each step
+batches = torch.randint(args.n, (args.steps, args.batch))             # numbers of points, by step
 
 
 @torch.no_grad()
@@ -361,12 +380,14 @@ def training_step(model, optimizer, loss_function, x):
 
 def train(loss_function, law_name, title, activation=nn.SiLU):
     """A network trained on a law.  -> it, its history: lists of step, seconds, error_p, error_q."""
+    # The same first weights, and the same slices: nothing else is drawn while training.
     torch.manual_seed(args.seed)
     points = train_points[law_name]
     model = ScoreNet(points, args.hidden, args.layers, activation)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     # The learning rate rises for 15 % of the steps, then falls to 0. The high rates in the middle
-    # learn fast, and the low ones at the end take out the noise of the steps.
+    # learn fast, and the low ones at the end take out the noise of the steps. (Adam's momentum
+    # goes the other way.)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
     history = {"step": [], "seconds": [], "error_p": [], "error_q": []}
     seconds = 0.0
@@ -390,10 +411,10 @@ def train(loss_function, law_name, title, activation=nn.SiLU):
 networks = {}                                            # law, loss -> network
 histories = {}
 for law_name, law in laws.items():
-    for name, loss_function in losses_for(law).items():
-        network, history = train(loss_function, law_name, name)
-        networks[law_name, name] = network
-        histories[law_name, name] = history
+    for loss_name, loss_function in losses_for(law).items():
+        network, history = train(loss_function, law_name, loss_name)
+        networks[law_name, loss_name] = network
+        histories[law_name, loss_name] = history
 
 train_s = sum(history["seconds"][-1] for history in histories.values())
 model = networks[args.data, args.loss]
@@ -425,7 +446,9 @@ print(f"\n{args.data}: E[tr J + |s|^2 / 2] of the network of {args.loss} is {los
 
 # %% Sampling
 # Langevin dynamics walks along the score and is shaken at every step, and so ends up distributed as
-# the density whose score it follows, but for a bias that shrinks with eta (theory.md 6.2).
+# the density whose score it follows, but for a bias that shrinks with eta. A step longer than four
+# times the smallest variance of our Gaussians (moons 0.2^2, gmm2 0.476) would overshoot further
+# each time: this is the limit of --eta (theory.md 6.2).
 @torch.no_grad()
 def score(x):
     """The score that --loss has learned, (B, 2) -> (B, 2)."""
@@ -440,7 +463,8 @@ def langevin_dynamics(score, x, K, eta):
     return x
 
 
-start = MultivariateNormal(x_data.mean(dim=0), torch.cov(x_data.T))   # one Gaussian for all data
+# The chains start in one Gaussian with the mean and covariance of the data.
+start = MultivariateNormal(x_data.mean(dim=0), torch.cov(x_data.T))
 n_sets = 4                                               # one set says little about a distance
 x = langevin_dynamics(score, start.sample((n_sets * args.n_samples,)), args.K, args.eta)
 if not torch.isfinite(x).all():
@@ -495,7 +519,7 @@ with open(os.path.join(args.outdir, "summary.json"), "w") as file:
 
 
 # %% Pictures
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # exact and data, learned, noisy
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # exact, learned, data
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 10})
 loss_colours = {"explicit": BLUE, "exact": "black", "ssm": ORANGE, "ssm_vr": "#56B4E9",
                 "fd_ssm": "#009E73", "dsm": "#CC79A7"}
@@ -528,7 +552,7 @@ def arrows(ax, x, vectors, longest, colour):
 line = torch.linspace(-half, half, 15)
 where = middle + torch.cartesian_prod(line, line)        # (225, 2)
 exact = exact_score(where)
-longest = exact.norm(dim=1).median().item()
+longest = exact.norm(dim=1).median().item()              # far out they are far longer
 fig, axs = plt.subplots(2, 4, figsize=(10, 5.8))
 axs = axs.flatten()
 dots(axs[0], x_data[:800], GREY)
@@ -542,7 +566,8 @@ for ax, loss_name in zip(axs[1:7], loss_colours):
     panel(ax, f"{loss_name}: error {histories[args.data, loss_name]['error_p'][-1]:.2f}")
 dots(axs[7], samples, ORANGE)
 panel(axs[7], f"samples ({args.loss}): {sw2 / sw2_floor:.2f} floors")
-fig.suptitle("The score that each loss has learned, over the data (long arrows are cut)")
+fig.suptitle("The score that each loss has learned, over the data (long arrows cut at the median "
+             "length)")
 fig.savefig(os.path.join(args.outdir, "fields.png"))
 
 # How fast do they learn?
@@ -554,6 +579,9 @@ for row, law_name in enumerate(laws):
             history = histories[law_name, loss_name]
             style = "--" if loss_name == "fd_ssm" else "-"             # it lies on ssm
             ax.plot(history[key], history["error_p"], style, color=colour, label=loss_name)
+        history = histories[law_name, "dsm"]
+        ax.plot(history[key], history["error_q"], ":", color=loss_colours["dsm"],
+                label=r"dsm, against $q_\sigma$")
         ax.set(xlabel=key, yscale="log", title=f"{law_name}, d = {train_points[law_name].shape[1]}")
     axs[row, 0].set_ylabel("relative score error")
 axs[0, 0].legend(fontsize=8)
@@ -566,14 +594,20 @@ fig.savefig(os.path.join(args.outdir, "training.png"))
 # the mean over m slices has the variance
 #     Var over x of the loss without slices  +  E over x of the variance of one slice / m.
 # More slices take away the second part, and never the first. (003 forgets the first part; it says
-# Var(without slices) / m.)
-# The variance of one slice has a closed form for each way to draw v, since all our losses are a
-# constant plus v^T A v: with A = J in ssm_vr, and with A = J + s s^T / 2 in ssm and fd_ssm.
+# Var(without slices) / m.) A batch of B points divides both by B.
+#
+# The second part has a closed form. At fixed x all sliced losses are v^T A v plus a constant: that
+# of ssm_vr with A = J, that of ssm with A = J + s s^T / 2, and that of fd_ssm nearly the same.
+#
 # Denoising can be sliced, too, as in 003: (v^T e)^2 / 2 for the error e = s + eps/sigma, which has
 # A = e e^T / 2. It has no J, so there is nothing to save by this, and the variance is paid.
 def slicing_variance(A, slices):
-    """Variance of v^T A v over v, for each of the matrices A (B, d, d).  -> (B,); theory.md 5.4"""
-    A = (A + A.mT) / 2
+    """Variance of v^T A v over v, for each of the matrices A (B, d, d).  -> (B,); theory.md 5.4
+
+    In v^T A v = sum over i, j of A_ij v_i v_j random signs leave the diagonal to no chance, as
+    v_i^2 = 1, and vectors of fixed length leave the trace to none.
+    """
+    A = (A + A.mT) / 2                                   # v^T A v = v^T A^T v
     d = A.shape[1]
     square = A.square().sum(dim=(1, 2))                  # (B,)
     diagonal = A.diagonal(dim1=1, dim2=2)                # (B, d)
@@ -581,6 +615,7 @@ def slicing_variance(A, slices):
         return 2 * (square - diagonal.square().sum(dim=1))
     if slices == "gaussian":
         return 2 * square
+    # sphere
     return 2 * d / (d + 2) * (square - diagonal.sum(dim=1) ** 2 / d)
 
 
@@ -589,10 +624,11 @@ def outer(a):
     return a[:, :, None] * a[:, None]
 
 
-def sliced_denoising_loss(model, x, eps, draw, sigma, reduction="none"):
-    """(v^T e)^2 / 2 with one slice and the noise eps (B, d), one value for each point, (B,)."""
+def sliced_denoising_loss(model, x, eps, draw, sigma, reduction="mean"):
+    """(v^T e)^2 / 2 with one slice and the noise eps (B, d).  x (B, d) -> ()"""
     e = model(x + sigma * eps) + eps / sigma
-    return 0.5 * (draw(x) * e).sum(dim=1) ** 2
+    values = 0.5 * (draw(x) * e).sum(dim=1) ** 2
+    return values.mean() if reduction == "mean" else values
 
 
 def ten_slices(loss_function, model, x, **settings):
@@ -605,17 +641,18 @@ def ten_slices(loss_function, model, x, **settings):
 
 def measured_and_expected(values, without_slices, A, slices):
     """The variance of the mean of 1, 3 and 10 of `values` (10, B), and the formula's: two lists."""
+    of_one_slice = slicing_variance(A, slices).mean()
     measured = []
     expected = []
     for m in [1, 3, 10]:
         measured.append(values[:m].mean(dim=0).var().item())
-        of_slices = slicing_variance(A, slices).mean()
-        expected.append((without_slices.var() + of_slices / m).item())
+        expected.append((without_slices.var() + of_one_slice / m).item())
     return measured, expected
 
 
-network = networks["correlated", "ssm_vr"]
-x = train_points["correlated"][:5000]
+network = networks["correlated", "ssm_vr"]               # a good one
+n_points = min(5000, 50_000_000 // args.dim**2)          # as many (d, d) matrices are kept
+x = train_points["correlated"][:n_points]
 s = network(x).detach()                                              # (B, d)
 J = torch.func.vmap(torch.func.jacrev(network))(x).detach()          # (B, d, d)
 of_exact = exact_trace_loss(network, x, reduction="none").detach()   # (B,)
@@ -627,15 +664,15 @@ for slices, its_draw in draws.items():
     values = ten_slices(sliced_score_matching_loss, network, x, draw=its_draw)
     variances["ssm, " + slices] = measured_and_expected(values, of_exact, J + outer(s) / 2, slices)
 values = ten_slices(finite_difference_loss, network, x, draw=draw, h=args.h)
-variances["fd_ssm, " + args.slices] = measured_and_expected(values, of_exact, J + outer(s) / 2,
-                                                       args.slices)
+variances["fd_ssm, " + args.slices] = measured_and_expected(
+    values, of_exact, J + outer(s) / 2, args.slices)
 eps = torch.randn_like(x)
 e = network(x + args.sigma * eps).detach() + eps / args.sigma
 of_dsm = 0.5 * e.square().sum(dim=1)
 with torch.no_grad():
     values = ten_slices(sliced_denoising_loss, network, x, eps=eps, draw=draw, sigma=args.sigma)
-variances["sliced dsm, " + args.slices] = measured_and_expected(values, of_dsm, outer(e) / 2,
-                                                           args.slices)
+variances["sliced dsm, " + args.slices] = measured_and_expected(
+    values, of_dsm, outer(e) / 2, args.slices)
 
 print(f"\nVariance of a loss over points and slices, d = {args.dim}, with m slices, in brackets by "
       f"formula.\nWithout slices: exact {of_exact.var():.4g}, dsm (one eps) {of_dsm.var():.4g}; "
@@ -657,7 +694,7 @@ def exact_trace_loop_loss(model, x):
     s = model(x)
     trace = torch.zeros(len(x))
     for i in range(x.shape[1]):
-        row, = torch.autograd.grad(s[:, i].sum(), x, create_graph=True)  # (B, d), row i of J
+        row = torch.autograd.grad(s[:, i].sum(), x, create_graph=True)[0]    # (B, d), row i of J
         trace = trace + row[:, i]
     return (trace + 0.5 * s.square().sum(dim=1)).mean()
 
@@ -706,11 +743,16 @@ for name in methods:
 # 1. Unit slices. With |v| = 1 the mean of v^T J v is tr J / d. ssm is then smaller by the factor d
 #    as a whole and learns the same; but ssm_vr's |s|^2 / 2 stays as it is, and so it learns
 #    grad log p / d (theory.md 5.3).
-# 2. ReLU. J is constant but for jumps at the kinks of s. When the weights move, the kinks move over
-#    the points, and E[tr J] changes; autograd, which asks each point for the change of its own J,
-#    does not see it (implicit_sm.py, theory.md 3.6). So ssm and ssm_vr fail. Finite differences see
-#    it where a kink lies between x - h v and x + h v: few points for a short h, and each of them
-#    counts 1/h. So fd_ssm survives a ReLU, with a gradient that is the less noisy the longer h is.
+#
+# 2. ReLU. Take d = 1 and s(x) = relu(x - a), whose slope is 0 left of the kink a and 1 right of it.
+#    The mean slope is the chance that x > a: it falls as the kink moves right. Autograd asks each
+#    point by itself whether its slope changes with a, and hears no from all. So with ssm and ssm_vr
+#    training goes downhill on something else (implicit_sm.py, theory.md 3.6).
+#
+#    fd_ssm differentiates the values of s, not its slope. A point with the kink between x - h v and
+#    x + h v feels it move. Such points are few, about h of all, and each of them counts 1/h: the
+#    mean is right, and the longer h is, the less it is left to chance. So fd_ssm survives a ReLU.
+#
 # 3. The step h. The error of fd_ssm grows as h^2; below the best h round-off takes over.
 def unit_sphere(x):
     """A direction of length 1: E[v v^T] = I / d."""
@@ -726,16 +768,16 @@ def shrinkage(model, law_name):
 
 
 def train_traps():
-    """name -> network and history on the data in 2-D, of losses and activations that go wrong."""
+    """name -> network and history on the data in 2-D: unit slices, and what survives a ReLU."""
     fd_ssm = partial(finite_difference_loss, n_slices=args.n_slices, draw=draw)
     ssm_vr = partial(variance_reduced_loss, n_slices=args.n_slices, draw=draw)
     dsm = partial(denoising_loss, sigma=args.sigma)
     return {
-        "ssm_vr, unit slices": train(partial(ssm_vr, draw=unit_sphere), args.data, "unit"),
-        "ssm_vr, ReLU": train(ssm_vr, args.data, "ReLU", nn.ReLU),
-        "fd_ssm, ReLU, h = 0.01": train(partial(fd_ssm, h=0.01), args.data, "ReLU", nn.ReLU),
-        "fd_ssm, ReLU, h = 0.03": train(partial(fd_ssm, h=0.03), args.data, "ReLU", nn.ReLU),
-        "dsm, ReLU": train(dsm, args.data, "ReLU", nn.ReLU),
+        "ssm_vr, unit slices": train(partial(ssm_vr, draw=unit_sphere), args.data, "unit slices"),
+        "ssm_vr, ReLU": train(ssm_vr, args.data, "ssm_vr, ReLU", nn.ReLU),
+        "fd_ssm, ReLU, h = 0.01": train(partial(fd_ssm, h=0.01), args.data, "fd, ReLU", nn.ReLU),
+        "fd_ssm, ReLU, h = 0.03": train(partial(fd_ssm, h=0.03), args.data, "fd, ReLU", nn.ReLU),
+        "dsm, ReLU": train(dsm, args.data, "dsm, ReLU", nn.ReLU),
     }
 
 
@@ -799,7 +841,7 @@ draw_traps()
 
 
 # %% Result
-print(f"\npictures in {args.outdir}: training.png (look at it first), fields.png, traps.png")
+print(f"\npictures in {args.outdir}; look at training.png first")
 print(" ".join(f"{key}={value}" for key, value in summary.items()))
 
 # What `uv run` installs for this script:
