@@ -326,7 +326,7 @@ model = ScoreMLP(args.hidden, num_layers=args.layers,
                  mean=x_data.mean(dim=0), sigma_data=x_data.std())
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
 # The learning rate rises for 15 % of the steps, then falls to 0: so it can be high without harm.
-# (This also moves Adam's first beta the other way.)
+# (By default it also lowers Adam's momentum while the rate is high.)
 scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
 # The weights that will be used are a mean over about the last 100 steps, which is less noisy. It
 # begins at half time, with the weights as they are then: so nothing in it is from the start, after
@@ -568,7 +568,7 @@ with open(os.path.join(args.outdir, "summary.json"), "w") as file:
 
 
 # %% Pictures
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # exact and data, learned, noisy
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # truth, what is learned, the rest
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 10})
 middle = (x_data.amin(dim=0) + x_data.amax(dim=0)) / 2
 half = 0.6 * (x_data.amax(dim=0) - x_data.amin(dim=0)).max().item()

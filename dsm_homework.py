@@ -260,8 +260,8 @@ def train(matcher, epochs):
     x_check += matcher.sigma * torch.randn_like(x_check)
     optimizer = torch.optim.Adam(matcher.parameters(), lr=args.lr)
     # The learning rate rises for 15 % of the steps, then falls to 0. The high rates in the middle
-    # learn fast, and the low ones at the end take out the noise of the steps. (Adam's momentum
-    # goes the other way.)
+    # learn fast, and the low ones at the end take out the noise of the steps. (By default it also
+    # lowers Adam's momentum while the rate is high.)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=args.lr, epochs=epochs, pct_start=0.15,
         steps_per_epoch=math.ceil(len(x_data) / args.batch))
@@ -481,7 +481,7 @@ print(f"With the last eta the first chain leaves at step {step}.")
 
 
 # %% Pictures
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # exact and data, learned, noisy
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # truth, what is learned, the rest
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 10})
 left, right, bottom, top = -1.6, 2.6, -1.85, 2.35
 view = [left, right, bottom, top]

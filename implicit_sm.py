@@ -67,7 +67,7 @@ parser.add_argument("--batch", type=number(int, 1, 10**6), default=512, help="po
 parser.add_argument("--lr", type=number(float, 1e-8, 1), default=0.02, help="peak of the rate")
 parser.add_argument("--K", type=number(int, 1, 10**5), default=200, help="Langevin steps")
 parser.add_argument("--eta", type=number(float, 1e-6, 2), default=0.1,
-                    help="Langevin step (of these data, up to 2: from 4 on the points run away)")
+                    help="Langevin step, at most 2; from 4 on the points would run away")
 parser.add_argument("--n_samples", type=number(int, 2, 10**6), default=2000,
                     help="points in a set of samples")
 parser.add_argument("--n_few", type=number(int, 2, 10**6), default=30,
@@ -223,7 +223,8 @@ for constant in [0.0, -1.0, -2.0]:
 # In d dimensions s' becomes tr ds/dx = ds_1/dx_1 + ... + ds_d/dx_d, the trace of the Jacobian J.
 # Autograd gives one row of J in a backward pass, so the trace takes d passes. Hutchinson's estimate
 # takes one. Draw a random sign v_i for each coordinate. Then E[v_i v_j] is 1 for i = j and 0
-# otherwise, so that of E[v^T J v] = sum over i, j of E[v_i v_j] ds_i/dx_j the trace is left.
+# otherwise, so that E[v^T J v] = sum over i, j of E[v_i v_j] ds_i/dx_j is the trace. One v a point
+# is enough: its loss and gradient are right in the mean, and the mean is taken by batch and steps.
 @torch.enable_grad()                                     # 003's fails under torch.no_grad()
 def compute_score_matching_loss(model, x):
     """Mean of |s|^2 / 2 + tr ds/dx over the points x (B, d) -> (); 003 section 4.2.1."""
@@ -289,8 +290,9 @@ def new_network(x, activation=args.activation):
 
 # %% Training
 # The least possible loss is that of the exact score, -I/2 (put s = s* into the identity): negative,
-# not 0. What is above it is the explicit loss of the learned score. The loss is watched at fresh
-# points, too, since at the training points it can fall below -I/2 (see the extra on few points).
+# not 0. What is above it is the explicit loss of the learned score. All this is true of means over
+# p. So the loss is watched at fresh points, too, since at the training points it can fall below
+# (see the extra on few points).
 def train(model, loss_function, x_train, x_fresh):
     """Trains with loss_function(model, x).  -> lists under the keys step, loss, fresh_loss.
 
@@ -298,8 +300,8 @@ def train(model, loss_function, x_train, x_fresh):
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)   # fused: faster
     # The learning rate rises for 15 % of the steps, then falls to 0. The high rates in the middle
-    # learn fast, and the low ones at the end take out the noise of the steps. (Adam's momentum
-    # goes the other way.)
+    # learn fast, and the low ones at the end take out the noise of the steps. (By default it also
+    # lowers Adam's momentum while the rate is high.)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
     history = {"step": [], "loss": [], "fresh_loss": []}
     interval = max(1, args.steps // 20)
@@ -338,44 +340,43 @@ train_s = time.time() - started
 torch.save(model.state_dict(), os.path.join(args.outdir, "model.pt"))
 
 
-def measure(model, law, x):
-    """At fresh points x (n, d) of a law: a dict with loss, exact_loss and error, three numbers.
+def measure(model, law, x_train, x_fresh, loss_function=compute_score_matching_loss):
+    """A dict of numbers: the loss at x_train and at fresh points, of the model and of the exact s*.
 
-    exact_loss is the loss of the exact score s* at the same points; only by chance can another one
-    be below it. error is sqrt(mean |s - s*|^2 / mean |s*|^2).
+    loss_function is for x_train. error is sqrt(mean |s - s*|^2 / mean |s*|^2) at fresh points.
     """
-    exact = law.score(x)
-    return {"loss": compute_score_matching_loss(model, x).item(),
-            "exact_loss": compute_score_matching_loss(law.score, x).item(),
-            "error": ((model(x) - exact).norm() / exact.norm()).item()}
+    exact = law.score(x_fresh)
+    return {"train": loss_function(model, x_train).item(),
+            "train_exact": loss_function(law.score, x_train).item(),
+            "fresh": compute_score_matching_loss(model, x_fresh).item(),
+            "fresh_exact": compute_score_matching_loss(law.score, x_fresh).item(),
+            "error": ((model(x_fresh) - exact).norm() / exact.norm()).item()}
 
 
-columns = "training: loss   exact score's    fresh: loss   exact score's    relative error"
+columns = "training: learned   exact     fresh: learned   exact     relative error"
 
 
-def print_row(name, history, exact_loss, measured):
-    """A line of a table of networks, below `columns`: a training loss is that of the last steps."""
-    print(f"{name:26s} {history['loss'][-1]:14.3f} {exact_loss:15.3f} {measured['loss']:14.3f} "
-          f"{measured['exact_loss']:15.3f} {measured['error']:17.3f}")
+def print_row(name, measured):
+    """A line of a table of networks, below `columns`."""
+    print(f"{name:26s} {measured['train']:17.3f} {measured['train_exact']:7.3f} "
+          f"{measured['fresh']:18.3f} {measured['fresh_exact']:7.3f} {measured['error']:18.3f}")
 
 
-measured_1d = measure(model_1d, law_1d, x_fresh_1d)
-measured_2d = measure(model, law_2d, x_fresh)
-measured_hutchinson = measure(model_hutchinson, law_2d, x_fresh)
-exact_loss_1d = compute_score_matching_loss(law_1d.score, x_data_1d).item()
-exact_loss_2d = compute_score_matching_loss(law_2d.score, x_data).item()
+measured_1d = measure(model_1d, law_1d, x_data_1d, x_fresh_1d)
+measured_2d = measure(model, law_2d, x_data, x_fresh)
+measured_hutchinson = measure(model_hutchinson, law_2d, x_data, x_fresh)
 axis = torch.linspace(-8, 8, 321)                        # I/2 in 2-D: a sum over cells 0.05 wide
 plane = torch.cartesian_prod(axis, axis)
 square = exact_score(plane).square().sum(dim=1)
 half_fisher_2d = (law_2d.density(plane) * square / 2).sum().item() * 0.05**2
 
-print("\nImplicit loss at training and at fresh points, each beside that of the exact score there\n"
-      f"(in the mean the least possible, -I/2 = {-half_fisher_1d:.3f} in 1-D, "
+print(f"\nImplicit loss (least possible in the mean: -I/2 = {-half_fisher_1d:.3f} in 1-D, "
       f"{-half_fisher_2d:.3f} in 2-D)\n{'network':26s} {columns}")
-print_row(f"1-D, {args.activation}, exact trace", history_1d, exact_loss_1d, measured_1d)
-print_row(f"2-D, {args.activation}, exact trace", history_2d, exact_loss_2d, measured_2d)
-print_row(f"2-D, {args.activation}, Hutchinson ({args.n_hutchinson})", history_hutchinson,
-          exact_loss_2d, measured_hutchinson)
+print_row(f"1-D, {args.activation}, exact trace", measured_1d)
+print_row(f"2-D, {args.activation}, exact trace", measured_2d)
+print_row(f"2-D, {args.activation}, Hutchinson ({args.n_hutchinson})", measured_hutchinson)
+print("Learned should be near exact. At training points it may be a little below, since it was "
+      "fitted to them;\nfar below, it has learned them by heart, and is far above at fresh points.")
 
 points = torch.tensor([[-2.0], [-1.0], [-0.5], [0.0], [1.0], [2.0]])
 exact_there = law_1d.score(points)
@@ -445,7 +446,7 @@ print(f"\nSW2 of the 2-D samples to fresh data: {sw2:.4f}, its floor {sw2_floor:
       f"ratio {sw2 / sw2_floor:.2f} (good: below 1.3)")
 
 summary = {"seed": args.seed, "steps": args.steps, "activation": args.activation,
-           "identity": largest_difference, "err_1d": round(measured_1d["error"], 4),
+           "identity": float(f"{largest_difference:.0e}"), "err_1d": round(measured_1d["error"], 4),
            "err_2d": round(measured_2d["error"], 4),
            "err_hutchinson": round(measured_hutchinson["error"], 4),
            "SW2": round(sw2, 4), "floor": round(sw2_floor, 4),
@@ -455,7 +456,7 @@ with open(os.path.join(args.outdir, "summary.json"), "w") as file:
 
 
 # %% Pictures
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # exact and data, learned, noisy
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"        # truth, what is learned, the rest
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.titlesize": 10})
 view = [-4.5, 4.5, -3.5, 3.5]                            # left, right, bottom, top
 line = torch.linspace(-3.2, 3.2, 400)[:, None]           # (400, 1)
@@ -536,19 +537,23 @@ fig.savefig(os.path.join(args.outdir, "scores.png"))
 
 
 # %% Extra: what if there are few points?
-# Then the loss has no least value. With s(x_i) = 0 and s'(x_i) = -k at each training point it is
-# -k, for any k: the network learns the points by heart, and is wrong between them. The sign is a
-# training loss far below that of the exact score at the same points.
+# The loss at finitely many points has no least value. With s(x_i) = 0 and s'(x_i) = -k at each
+# training point it is -k, for any k: the network learns the points by heart, and is wrong between
+# them. With few points this happens soon. The sign is a training loss far below that of the exact
+# score at the same points.
 #
-# Noise is the remedy: it makes many points of one. And it makes the trace superfluous. By parts
-# over eps from N(0, I), with J = ds/dx at x + sigma eps,
+# Noise is the remedy: it makes many points of one. And it makes the trace superfluous. For eps from
+# N(0, I) integration by parts gives E[eps_i f(eps)] = E[df/deps_i], as the density of eps has the
+# slope -eps_i times itself. With f = s_i(x + sigma eps), whose slope is sigma ds_i/dx_i, summed up
+# over i,
 #
 #     E[eps . s(x + sigma eps)]  =  sigma E[tr J],     and so
 #     E|s(x + sigma eps) + eps/sigma|^2 / 2  =  implicit loss at the noisy points  +  d/(2 sigma^2).
 #
 # The left side is the loss of denoising score matching (dsm_2d.py). So this equation is a bridge:
 # denoising is implicit score matching of the noisy data (theory.md 3.7, 3.8). And since a square is
-# never negative, this implicit loss can't fall below -d/(2 sigma^2), by default -1/(2 0.5^2) = -2.
+# never negative, this implicit loss can't fall below -d/(2 sigma^2), in 1-D with sigma = 0.5 below
+# -2. (That is a bound. The least value is again -I/2, with the I of the noisy data.)
 def implicit_loss_by_denoising(model, x):
     """Implicit loss at noisy points x + sigma eps, over the bridge; x (B, d) -> ()."""
     eps = torch.randn_like(x)
@@ -588,13 +593,12 @@ model_few = new_network(x_few)
 model_denoising = new_network(x_few)
 history_few = train(model_few, compute_score_matching_loss, x_few, x_fresh_1d)
 history_denoising = train(model_denoising, implicit_loss_by_denoising, x_few, x_fresh_noisy)
-exact_loss_few = compute_score_matching_loss(law_1d.score, x_few).item()
-exact_loss_denoising = implicit_loss_by_denoising(noisy_law.score, x_few.repeat(1000, 1)).item()
+x_few_often = x_few.repeat(1000, 1)                      # each point with 1000 draws of eps
 name = f"{args.n_few} points in 1-D"
 print(f"\n{name:26s} {columns}")
-print_row("implicit", history_few, exact_loss_few, measure(model_few, law_1d, x_fresh_1d))
-print_row(f"denoising, sigma = {args.sigma:g}", history_denoising, exact_loss_denoising,
-          measure(model_denoising, noisy_law, x_fresh_noisy))
+print_row("implicit", measure(model_few, law_1d, x_few, x_fresh_1d))
+print_row(f"denoising, sigma = {args.sigma:g}", measure(
+    model_denoising, noisy_law, x_few_often, x_fresh_noisy, implicit_loss_by_denoising))
 print("(The second row is about the noisy data: their score, and noisy points.)\n\n"
       "Implicit loss at noisy points, both ways (difference: good below 3 standard errors)\n"
       "s                       by derivatives    by denoising    difference    standard error")
@@ -636,10 +640,11 @@ draw_few()
 
 
 # %% Extra: what does a ReLU do?
-# The loss has the right value, but autograd's gradient of it is wrong. Take the unit
+# The loss has the right value, for s is continuous, and so its integration by parts is right in
+# spite of the kinks. But autograd's gradient of the loss is wrong. Take the unit
 # s = relu(x - theta) for x from N(0, 1). Its s' is 0 left of theta and 1 right of it, so
-# E s' = P(x > theta), which falls as theta grows, at the rate p(theta). Autograd asks each point
-# how its own s' changes with theta, and hears 0 from all, since s' is constant but for a jump. So
+# E s' = P(x > theta), which falls as theta grows, at the rate p(theta). Autograd takes the mean of
+# the slopes of s' in theta at each point, which are all 0, since s' is constant but for a jump. So
 # its slope of the loss lacks -p(theta), which is -0.38 at theta = 0.3, and training goes downhill
 # on something else. Smooth units are free of this; so is denoising, which has no s' (theory.md
 # 3.6).
@@ -654,7 +659,7 @@ def unit_slopes(unit, n):
     """d loss / d theta at theta = 0.3 over n points, by autograd, by a difference: two numbers."""
     x = torch.randn(n, 1)
     theta = torch.tensor(0.3, requires_grad=True)
-    by_autograd, = torch.autograd.grad(unit_loss(unit, theta, x), theta)
+    by_autograd = torch.autograd.grad(unit_loss(unit, theta, x), theta)[0]
     by_difference = (unit_loss(unit, 0.35, x) - unit_loss(unit, 0.25, x)) / (0.35 - 0.25)
     return by_autograd.item(), by_difference.item()
 
@@ -667,7 +672,7 @@ for name, unit in {"silu": nn.SiLU(), "relu": nn.ReLU()}.items():
     if name != args.activation:
         network = new_network(x_data_1d, name)
         train(network, compute_score_matching_loss, x_data_1d, x_fresh_1d)
-    error = measure(network, law_1d, x_fresh_1d)["error"]
+    error = measure(network, law_1d, x_data_1d, x_fresh_1d)["error"]
     print(f"{name:7s} {by_autograd:11.3f} {by_difference:25.3f} {error:18.3f}")
 
 
@@ -701,7 +706,7 @@ def analyze_score_geometry(score_fn, x):
         raise ValueError(f"score_fn answers {tuple(s.shape)} to points {tuple(points.shape)}")
     rows = []
     for i in range(points.shape[1]):
-        row, = torch.autograd.grad(s[:, i].sum(), points, retain_graph=True)   # (B, d)
+        row = torch.autograd.grad(s[:, i].sum(), points, retain_graph=True)[0]     # (B, d)
         rows.append(row)
     s = s.detach()
     jacobian = torch.stack(rows, dim=1)                                        # (B, d, d)
@@ -827,10 +832,12 @@ draw_geometry()
 # |s(y) - target|^2 / 2 and the target grad log k(n), a network learns just this mean: the score of
 # q. Nothing in this is Gaussian, but k must not jump (theory.md 10).
 #
-# What, then, is best about the Gaussian? Of all k without jumps and with the same variance sigma^2
-# it has the shortest targets: E[target^2] sigma^2 is 1, and for all others more (Cramer and Rao;
-# theory.md 10.3). And Gaussian noise on Gaussian noise is Gaussian noise, which the many levels of
-# dsm_2d.py build on.
+# What, then, is best about the Gaussian? Of all k with the same variance sigma^2 it has the
+# shortest targets. By parts E[n target] = integral of n k' = -1, if k does not jump. A mean product
+# is at most the root of the product of mean squares, so 1 <= sigma^2 E[target^2], with equality if
+# the target is a multiple of n, as it is for Gaussian noise only. (Uniform noise jumps: its target
+# is 0 where a draw can fall.) And Gaussian noise on Gaussian noise is Gaussian noise, which the
+# many levels of dsm_2d.py build on (theory.md 10.3).
 #
 # To check it, q's score is also computed without k's slope. Put n = y - x in the place of x, and y
 # stands in p only:  q(y) = integral of p(y - n) k(n) dn,  so that grad log q(y) is the mean of
@@ -872,8 +879,7 @@ def target_of(kernel, n):
     """d log k / dn at the noise n, any shape."""
     n = n.detach().requires_grad_()
     log_k = kernel.log_prob(n) + 0 * n                   # uniform noise's log k has no n in it
-    target, = torch.autograd.grad(log_k.sum(), n)
-    return target
+    return torch.autograd.grad(log_k.sum(), n)[0]
 
 
 def kernel_denoising_loss(model, x, kernel):
@@ -941,8 +947,8 @@ for name, kernel in kernels.items():
     finite = fine <= 1.01 * coarse                       # if not, finer cells find ever more
     off = error_under(q, mean_target, exact)
     network = new_network(x_data_1d + kernel.sample(x_data_1d.shape))
-    x_fresh_noisy = x_fresh_1d + kernel.sample(x_fresh_1d.shape)
-    train(network, partial(kernel_denoising_loss, kernel=kernel), x_data_1d, x_fresh_noisy)
+    y_fresh = x_fresh_1d + kernel.sample(x_fresh_1d.shape)
+    train(network, partial(kernel_denoising_loss, kernel=kernel), x_data_1d, y_fresh)
     learned_scores[name] = network(y[:, None])[:, 0]
     exact_scores[name] = exact
     kernel_errors[name] = error_under(q, learned_scores[name], exact)
