@@ -6,7 +6,7 @@
     sampling     from sigma_max down: guess the clean point x + sigma^2 s, put less noise back
                  (the default sampler, pc, then takes a Langevin step at the level below)
 
-    python dsm_2d.py                             # two Gaussians; look at out_dsm_2d/generation.png
+    python dsm_2d.py                             # two Gaussians; look at out_dsm_2d/generation.gif
     python dsm_2d.py --data swiss_roll           # or moons, circles
     python dsm_2d.py --help                      # all settings; in a notebook, edit their defaults
 
@@ -16,8 +16,9 @@ against it. The default run takes 20 s on one core (Python 3.11, torch 2.13.0). 
     data=gmm2 seed=0 ... score_err=0.1443 SW2=0.0555 floor=0.0545 ...
 
 score_err is the relative error of the learned score, a mean over noise levels: 0 is exact, 1 no
-better than s = 0. SW2 is the distance of the samples to fresh data. Its floor is the distance of
-fresh data to other fresh data; samples that are as good as data have an SW2 of 0.8 to 1.2 floors.
+better than s = 0. SW2 is the sliced Wasserstein distance of the samples to fresh data. Its floor is
+that of fresh data to other fresh data; samples that are as good as data have an SW2 of 0.8 to 1.2
+times the floor.
 
 Read beside: notes 000; 003 sections 4.2.2, 4.3.1, 4.3.3, exercises 4.2 to 4.4; 002 part 2;
 theory.md sections 1, 4, 7 and 8.
@@ -135,7 +136,7 @@ def exact_score(x, sigma):
 
 
 def exact_log_density(x, sigma):
-    """log q_sigma(x), (B, 2) -> (B,); only the pictures need it."""
+    """log q_sigma(x), (B, 2) -> (B,); for the pictures and the extra on likelihood."""
     noisy = MultivariateNormal(centres, covs + sigma**2 * torch.eye(2))
     return MixtureSameFamily(Categorical(torch.ones(len(centres))), noisy).log_prob(x)
 
@@ -229,7 +230,7 @@ class ScoreMLP(nn.Module):
             layers.append(nn.SiLU())
             width = hidden
         last = nn.Linear(hidden, 2)
-        nn.init.zeros_(last.weight)                      # an untrained network answers 0,
+        nn.init.zeros_(last.weight)                      # before training `net` answers 0,
         nn.init.zeros_(last.bias)                        # so training begins at the first guess
         self.net = nn.Sequential(*layers, last)
 
@@ -245,9 +246,10 @@ class ScoreMLP(nn.Module):
         #     target - first_guess = -eps/sigma + (x_clean + sigma eps) / total^2
         #                          = x_clean / total^2 - eps sigma_data^2 / (sigma total^2).
         # The two terms are independent. Their variances, in each coordinate, add up to
-        #     sigma_data^2/total^4 + sigma_data^4/(sigma^2 total^4) = sigma_data^2/(sigma total)^2,
-        # and the unit is the root of this: about 1/sigma if sigma is small; less if it is large,
-        # where the guess explains the most. (This is called preconditioning; theory.md 7.1.)
+        #     sigma_data^2/total^4 + sigma_data^4/(sigma^2 total^4) = sigma_data^2/(sigma total)^2.
+        # With the root of this, the standard deviation, as the unit of the answer, `net` has to
+        # answer numbers of size 1. The unit is about 1/sigma if sigma is small, and less if it is
+        # large, where the guess explains the most. (This is called preconditioning; theory.md 7.1.)
         first_guess = -scaled / total
         unit = self.sigma_data / (sigma * total)
         return first_guess + unit * answer
@@ -257,7 +259,12 @@ class ScoreMLP(nn.Module):
 # Add noise to a data point. The target is the arrow from the noisy point back to the clean one,
 # divided by sigma^2: (x - x_noisy) / sigma^2 = -eps / sigma. Many clean points can lie behind one
 # noisy point, each with its own arrow. The best answer to all of them is their mean, and this mean
-# is the score of the noisy data (theory.md 4.1).
+# is the score of the noisy data. For the target is a gradient with respect to x_noisy, that of
+# log q(x_noisy | x) with q(x_noisy | x) = N(x_noisy; x, sigma^2 I), and its mean is
+#     sum over x of p(x | x_noisy) grad log q(x_noisy | x)
+#   = sum over x of p(x) q(x_noisy | x) grad log q(x_noisy | x) / q_sigma(x_noisy)    (Bayes)
+#   = sum over x of p(x) grad q(x_noisy | x) / q_sigma(x_noisy)          since q grad log q = grad q
+#   = grad q_sigma(x_noisy) / q_sigma(x_noisy) = grad log q_sigma(x_noisy)   (theory.md 4.1).
 def level_weight(sigma, w_mode):
     """lambda(sigma) of a number or (B,). Targets have size 1/sigma; sigma^2 makes up for that."""
     power = {"none": 0, "sigma": 1, "sigma2": 2, "inv_sigma2": -2}[w_mode]
@@ -270,7 +277,8 @@ def dsm_loss_multi_sigma(model, x, sigmas, w_mode="sigma2"):
     eps = torch.randn_like(x)
     # Plain DSM does without the next three lines: each point is used twice, with eps and with -eps.
     # Both are equally likely, so the same score is learned. But at small sigma the targets are
-    # almost all chance, and in the gradient most of this chance cancels within a pair.
+    # almost all noise. The two noisy points of a pair are then close to each other, and their
+    # targets opposite, so that in the gradient most of this noise cancels.
     x = torch.cat([x, x])                                      # (2B, 2)
     sigma = torch.cat([sigma, sigma])
     eps = torch.cat([eps, -eps])
@@ -368,15 +376,15 @@ for step in bar:
         history["error"].append(error)
 
 train_s = time.time() - started
-model = ema.module                                       # from here on the averaged weights
+model = ema.module                                       # from here on the averaged weights,
+model.requires_grad_(False)                              # which are trained: no more gradients
 torch.save(model.state_dict(), os.path.join(args.outdir, "model.pt"))
 
 
 # %% Sampling
 # Every sampler takes a score, points x at the first level, and the levels (a list, descending). It
-# returns all states on the way: one for each level and, last, the points at sigma = 0. (At the
-# first level that is x itself, but for ald, which walks there, too.)
-@torch.no_grad()
+# returns all states on the way: one for each level and, last, the points at sigma = 0. (The state
+# of the first level is x itself; only ald walks at that level, too.)
 def score(x, sigma):
     """The learned score of q_sigma; x (B, 2), sigma a number -> (B, 2)."""
     return model(x, torch.full((len(x),), math.log(sigma)))
@@ -394,16 +402,19 @@ def ancestral_step(score, x, sigma, sigma_next, ddim=False):
     """x_clean + sigma_next (keep eps + sqrt(1 - keep^2) z), with x_clean and eps guessed from x."""
     x_clean = denoise(score, x, sigma)
     eps = (x - x_clean) / sigma                          # a guess of the noise in x
+    # The next level needs noise again, but less. `keep` is how much of eps is in it, the rest is
+    # new. Its square and that of the rest add up to 1, so that the noise has the right size.
     if ddim:
         keep = 1.0                                       # DDIM puts the same noise back
     else:
         # DDPM renews a part. On the way up, x would have had the noise sigma_next eps', and then
         # fresh noise on top: sigma eps = sigma_next eps' + sqrt(sigma^2 - sigma_next^2) z. So the
-        # correlation of eps' and eps is sigma_next / sigma.
+        # correlation of eps' and eps is sigma_next / sigma. For Gaussians this says: given eps,
+        # eps' is sigma_next / sigma times eps, plus noise that does not depend on it.
         keep = sigma_next / sigma
-    z = torch.randn_like(x)                              # times 0 in DDIM
-    eps = keep * eps + math.sqrt(1 - keep**2) * z
-    return x_clean + sigma_next * eps
+    z = torch.randn_like(x)                              # in DDIM times 0; drawn all the same
+    eps_next = keep * eps + math.sqrt(1 - keep**2) * z
+    return x_clean + sigma_next * eps_next
 
 
 def ancestral_sampling(score, x, sigmas, ddim=False):
@@ -417,10 +428,10 @@ def ancestral_sampling(score, x, sigmas, ddim=False):
 
 
 def heun_sampling(score, x, sigmas):
-    """Follow dx/dsigma = -sigma s, the equation that DDIM's steps come to when they are small.
+    """Follow dx/dsigma = -sigma s: points that move by it have the density q_sigma at every sigma.
 
-    Points that move by it have the density q_sigma at every sigma (theory.md 7.2). DDIM's step is
-    Euler's rule. Heun's goes there, looks at the slope again, and takes the mean of both slopes.
+    (theory.md 7.2) DDIM's step is Euler's rule for this equation. Heun's goes there, looks at the
+    slope again, and takes the mean of both slopes.
     """
     path = [x]
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
@@ -489,10 +500,8 @@ def run_sampler(name, score, x, levels):
     return predictor_corrector(score, x, levels, args.kappa)
 
 
-def start_points(n):
-    """n points (n, 2) of one Gaussian, which the noisy data at sigma_max nearly are."""
-    cov = torch.cov(x_data.T) + sigma_max**2 * torch.eye(2)
-    return MultivariateNormal(x_data.mean(dim=0), cov).sample((n,))
+# At sigma_max the noisy data are nearly one Gaussian, with this mean and covariance.
+start = MultivariateNormal(x_data.mean(dim=0), torch.cov(x_data.T) + sigma_max**2 * torch.eye(2))
 
 
 # Noise that is left over from the level above shrinks by |1 - kappa|^K in K Langevin steps. If
@@ -505,7 +514,7 @@ levels = sampling_levels(args.sampler)                   # sigmas again, or half
 n_sets = 8                                               # one set says little about a distance
 sample_sets = []
 for _ in tqdm(range(n_sets), desc="sampling"):
-    path = run_sampler(args.sampler, score, start_points(args.n_samples), levels)
+    path = run_sampler(args.sampler, score, start.sample((args.n_samples,)), levels)
     sample_sets.append(path[-1])
     for sigma, x in zip(levels + [0.0], path):
         if not torch.isfinite(x).all():
@@ -655,7 +664,7 @@ titles.append("data")
 colours = [GREY, GREY, GREY, GREY, GREY, ORANGE, BLUE]
 draw_row(clouds, titles, colours, f"From pure noise to samples ({args.sampler})", "generation.png")
 
-# The same as a movie: at most 55 of the states, and the last one for another second.
+# The same as a movie: all states if they are at most 55, the last one a second longer, and again.
 frames = np.linspace(0, len(levels), min(55, len(path))).astype(int).tolist()
 frames += 13 * [len(levels)]
 fig, axs = plt.subplots(1, 2, figsize=(7, 3.7))
@@ -700,7 +709,7 @@ clouds = []
 titles = []
 print("\nsampler      calls    SW2/floor")
 for name in calls:
-    x = start_points(args.n_samples)
+    x = start.sample((args.n_samples,))
     x = run_sampler(name, score, x, sampling_levels(name))[-1]
     ratio = mean_sw2([sorted_projections(x)], fresh) / sw2_floor
     print(f"{name:10s} {calls[name]:7d} {ratio:12.2f}")
@@ -723,40 +732,40 @@ def sample_with_initialization(score, x_init, levels, with_noise=True):
 print("\nstart at sigma    SW2/floor    mean distance moved    noise forgotten: SW2/floor    "
       "spread (data: 1.00)")
 heun_levels = sampling_levels("heun")
-for start in [3 * len(heun_levels) // 4, len(heun_levels) // 2, len(heun_levels) // 4]:
+for i in [3 * len(heun_levels) // 4, len(heun_levels) // 2, len(heun_levels) // 4]:
     x_init = sample_data(args.n_samples)
-    back = sample_with_initialization(score, x_init, heun_levels[start:])
-    forgotten = sample_with_initialization(score, x_init, heun_levels[start:], with_noise=False)
+    back = sample_with_initialization(score, x_init, heun_levels[i:])
+    forgotten = sample_with_initialization(score, x_init, heun_levels[i:], with_noise=False)
     moved = (back - x_init).norm(dim=1).mean().item()
     ratio = mean_sw2([sorted_projections(back)], fresh) / sw2_floor
     ratio_forgotten = mean_sw2([sorted_projections(forgotten)], fresh) / sw2_floor
     spread = (forgotten.std() / x_data.std()).item()
-    print(f"{heun_levels[start]:14.3g} {ratio:12.2f} {moved:22.2f} {ratio_forgotten:29.2f} "
+    print(f"{heun_levels[i]:14.3g} {ratio:12.2f} {moved:22.2f} {ratio_forgotten:29.2f} "
           f"{spread:23.2f}")
 
 
 # %% Extra: how likely is a point?
-# Follow it up to sigma_max, where q is nearly one Gaussian, and keep account of what becomes of its
-# density. Heun's sampler moves points by dx/dsigma = f with f = -sigma s. Where the arrows f go
-# apart, a cloud of points grows thinner: the density at a moving point changes by
-#     d log q / dsigma  =  -div f  =  -(df_1/dx_1 + df_2/dx_2).
-# Summed up over the way (theory.md 7.2),
-#     log q at sigma_min  =  log q at sigma_max, at the end of the way  +  integral of div f.
-# So a network that has learned arrows only can tell the density, constant factor and all.
-@torch.enable_grad()
+# A network that has learned only arrows can tell the density, too. Heun's sampler moves points by
+# dx/dsigma = f with f = -sigma s. Follow a point upwards. Where the arrows f go apart, a cloud of
+# points around it grows thinner. So the density at the moving point changes by
+#     d log q / dsigma  =  -div f  =  -(df_1/dx_1 + df_2/dx_2)
+# (theory.md 7.2), and at the end, at sigma_max, it is known: there q is nearly the Gaussian from
+# which sampling starts. So
+#     log q(x) at sigma_min  =  log q(end) at sigma_max  +  integral of div f from min to max.
 def flow(score, x, sigma):
     """f = -sigma s, (B, 2), and its divergence, (B,), at the points x (B, 2)."""
     x = x.detach().requires_grad_()
     f = -sigma * score(x, sigma)
-    df_1, = torch.autograd.grad(f[:, 0].sum(), x, retain_graph=True)           # (B, 2)
-    df_2, = torch.autograd.grad(f[:, 1].sum(), x)
+    # A point's f depends on no other point, so the gradient of the sum has that of each.
+    df_1 = torch.autograd.grad(f[:, 0].sum(), x, retain_graph=True)[0]         # (B, 2)
+    df_2 = torch.autograd.grad(f[:, 1].sum(), x)[0]
     return f.detach(), df_1[:, 0] + df_2[:, 1]
 
 
-def log_likelihood(score, x, levels, log_q_max):
-    """log q of x (B, 2) at the last of the levels (descending); log_q_max is for the first. -> (B,)
+def log_likelihood(score, x, levels, log_start):
+    """log q of x (B, 2) at the last level, from log_start(x), log q at the first.  -> (B,)
 
-    Heun's rule, from the last level up, for the point and for the integral of div f.
+    levels: a list, descending. Heun's rule, from the last one up, for point and integral.
     """
     upwards = levels[::-1]
     integral = 0
@@ -766,30 +775,19 @@ def log_likelihood(score, x, levels, log_q_max):
         f_there, div_f_there = flow(score, x + step * f, sigma_next)
         x = x + step * (f + f_there) / 2
         integral = integral + step * (div_f + div_f_there) / 2
-    return log_q_max(x) + integral
-
-
-def score_with_graph(x, sigma):
-    """score without its no_grad, so that it can be differentiated by x."""
-    return model(x, torch.full((len(x),), math.log(sigma)))
-
-
-def log_gaussian(x):
-    """log density (B,) of a round Gaussian as wide as the data at sigma_max, at x (B, 2)."""
-    variance = sigma_max**2 + model.sigma_data**2
-    square = (x - model.mean).square().sum(dim=1)
-    return -square / (2 * variance) - torch.log(2 * math.pi * variance)
+    return log_start(x) + integral
 
 
 likelihood_levels = geometric_sigma_schedule(40, sigma_min, sigma_max).tolist()
 x = sample_data(2000) + sigma_min * torch.randn(2000, 2)
-learned = log_likelihood(score_with_graph, x, likelihood_levels, log_gaussian)
+learned = log_likelihood(score, x, likelihood_levels, start.log_prob)
 exact = exact_log_density(x, sigma_min)
 difference = learned - exact
+standard_error = difference.std().item() / math.sqrt(2000)
+# A difference of 0.05 is a density that is 5 % too high, in the (geometric) mean over the points.
 print(f"\nlog density at 2000 fresh points, sigma = {sigma_min:.3g}, mean in nats: "
       f"learned {learned.mean():.3f}, exact {exact.mean():.3f},\ndifference "
-      f"{difference.mean():.3f} (standard error {difference.std() / math.sqrt(2000):.3f}; "
-      "good: within 0.05)")
+      f"{difference.mean():.3f} +- {standard_error:.3f} (good: within 0.05)")
 
 
 # %% Extra: is this a DDPM?
@@ -832,11 +830,11 @@ def ddpm_sampling(eps_model, x, alphas, sigmas, ddim=False):
     path = [x]
     for alpha, sigma, alpha_next, sigma_next in zip(alphas, sigmas, alphas[1:], sigmas[1:]):
         eps = eps_model(x, alpha, sigma)
-        z = torch.randn_like(x)                          # drawn by DDIM, too, as in ancestral_step
         if ddim:
             x0 = (x - sigma * eps) / alpha
             x = alpha_next * x0 + sigma_next * eps
         else:
+            z = torch.randn_like(x)
             beta = 1 - (alpha / alpha_next) ** 2
             mean = (x - beta / sigma * eps) / math.sqrt(1 - beta)
             x = mean + math.sqrt(beta) * sigma_next / sigma * z
@@ -849,7 +847,6 @@ def ddpm_sampling(eps_model, x, alphas, sigmas, ddim=False):
 model64 = copy.deepcopy(model).double()                  # so that only true differences are seen
 
 
-@torch.no_grad()
 def score64(x, sigma):
     """score in float64."""
     return model64(x, torch.full((len(x),), math.log(sigma), dtype=torch.float64))

@@ -1,8 +1,8 @@
 """Sliced score matching: look at the score along one random direction instead of all d.
 
     score        s(x), to be grad log p(x): an arrow towards where the data are denser
-    training     minimise the mean of v^T J v + (v^T s)^2 / 2, where J = ds/dx is the Jacobian and
-                 v a random direction, a slice, with E[v v^T] = I; v^T J v takes one backward pass
+    training     minimise the mean of v^T J v + (v^T s)^2 / 2 (half of 003's loss), where J = ds/dx
+                 is the Jacobian and v a random direction, a slice; this takes one backward pass
     sampling     x + eta/2 s(x) + sqrt(eta) z, many times: half a step along the arrow, and noise
 
     python sliced_sm.py                          # look at out_sliced_sm/training.png
@@ -16,8 +16,9 @@ last line:
 
     data=moons ... err_exact=0.2312 err_ssm=0.3966 err_ssm_vr=0.261 ... SW2=0.0372 floor=0.0312 ...
 
-err_... is the relative error of the score that a loss has learned in 20 dimensions: 0 is exact, 1
-no better than s = 0. (exact is the loss without slices, ssm_vr the sliced loss with less variance.)
+err_... is the relative error of the score that a loss has learned in 20 dimensions: 0 is right, 1
+no better than s = 0. (exact is the loss without slices, ssm_vr the sliced loss with less variance.
+dsm learns the score of noisy data, but err_dsm, too, is against that of the data.)
 SW2 is the sliced Wasserstein distance of the samples, those of two moons, to fresh data, and its
 floor that of fresh data to other fresh data: samples whose SW2 is below 1.5 times the floor are
 good.
@@ -131,8 +132,8 @@ def sliced_score_matching_loss(model, x, n_slices=1, draw=torch.randn_like, redu
     for _ in range(n_slices):
         v = draw(x)                                      # (B, d)
         vs = (v * s).sum(dim=1)                          # (B,)
-        # create_graph: the weights' gradient will be taken of this derivative. (With 003's
-        # retain_graph alone it would be a constant to the weights, and s = 0 the best.)
+        # create_graph: the weights' gradient will be taken of this derivative. It keeps the graph,
+        # too. (With retain_graph alone v^T J v would be a constant to the weights, and s = 0 best.)
         vJ = torch.autograd.grad(vs.sum(), x, create_graph=True)[0]      # (B, d)
         vJv = (vJ * v).sum(dim=1)                        # (B,)
         total = total + vJv + 0.5 * vs**2
@@ -169,10 +170,11 @@ draw = draws[args.slices]
 #   fd_ssm     J and s              nothing: a difference          2 forward per slice
 #   dsm        nothing              nothing                        2 forward, with eps and -eps
 #
-# Training adds one pass back through all of this, to the weights. explicit is the goal itself, and
-# can be had only where the answer is known. exact, ssm and ssm_vr have equal means, those of
-# explicit but for a constant, and fd_ssm nearly: all of them learn the score of the data. dsm
-# learns that of noisy data.
+# Training adds one pass back through all of this, to the weights.
+#
+# explicit is the goal itself. It can be had only where the answer is known, and is here to show how
+# far network and steps can come. exact, ssm and ssm_vr have the same mean, fd_ssm nearly, and
+# explicit but for a constant: all these learn the score of the data. dsm learns that of noisy data.
 #
 # What is estimated by a random v varies with it: tr J and |s|^2 in ssm, tr J alone in ssm_vr,
 # nothing in exact. The larger the variance, the noisier are the training steps, and the larger is
@@ -224,7 +226,8 @@ def exact_trace_loss(model, x, reduction="mean"):
     # d backward passes, all at once and so much faster than one by one (exact_trace_loop_loss,
     # below, is what this means). The i-th goes along axis i: row i of J at every point.
     J = torch.autograd.grad(s, x, axes, is_grads_batched=True, create_graph=True)[0]  # (d, B, d)
-    trace = J.diagonal(dim1=0, dim2=2).sum(dim=1)        # (B,)
+    diagonal = J.diagonal(dim1=0, dim2=2)                # (B, d): J[i, b, i] for each point b
+    trace = diagonal.sum(dim=1)                          # (B,)
     values = trace + 0.5 * s.square().sum(dim=1)
     return values.mean() if reduction == "mean" else values
 
@@ -451,11 +454,11 @@ print(f"\n{args.data}: E[tr J + |s|^2 / 2] of the network of {args.loss} is {los
 
 # %% Sampling
 # Langevin dynamics walks along the score and is shaken at every step, and so ends up distributed as
-# the density whose score it follows, but for a bias that shrinks with eta.
-#
-# In a Gaussian of variance V, with the score -x/V, a step multiplies x by 1 - eta/(2V). From
-# eta = 4V on this is -1 or less: x jumps to the other side, further out each time. So the limit of
-# --eta is 4V with the smallest variance of our Gaussians (moons: 0.2^2, gmm2: 0.476).
+# the density whose score it follows, but for a bias: in a Gaussian of variance V the chains settle
+# at the variance V / (1 - eta/(4V)) (theory.md 6.2). With the score -x/V a step multiplies x by
+# 1 - eta/(2V), and beyond eta = 4V this is below -1: x jumps to the other side, further out each
+# time. So the limit of --eta is 4V with the smallest variance of our Gaussians (moons: 0.2^2,
+# gmm2: 0.476). It is a cautious one, since in a mixture the other Gaussians may hold x back.
 @torch.no_grad()
 def score(x):
     """The score that --loss has learned, (B, 2) -> (B, 2)."""
@@ -570,7 +573,10 @@ for ax, loss_name in zip(axs[1:7], loss_colours):
         learned = networks[args.data, loss_name](where)
     dots(ax, x_data[:800], GREY)
     arrows(ax, where, learned, longest, ORANGE)
-    panel(ax, f"{loss_name}: error {histories[args.data, loss_name]['error_p'][-1]:.2f}")
+    title = f"{loss_name}: error {histories[args.data, loss_name]['error_p'][-1]:.2f}"
+    if loss_name == "dsm":
+        title += rf" ($q_\sigma$: {histories[args.data, 'dsm']['error_q'][-1]:.2f})"
+    panel(ax, title)
 dots(axs[7], samples, ORANGE)
 panel(axs[7], f"samples ({args.loss}): {sw2 / sw2_floor:.2f} floors")
 fig.suptitle("The score that each loss has learned, over the data (long arrows cut at the median "
@@ -597,11 +603,12 @@ fig.savefig(os.path.join(args.outdir, "training.png"))
 
 
 # %% Extra: do more slices help?
-# The loss at a point x varies with x, and the sliced one with v, too. By the law of total variance
-# the mean over m slices has the variance
+# They make the loss, and so the training step, less noisy; --n_slices shows what this does for the
+# error. The loss at a point x varies with x, and the sliced one with v, too. By the law of total
+# variance the mean over m slices has the variance
 #     Var over x of the loss without slices  +  E over x of the variance of one slice / m.
-# More slices take away the second part, and never the first. (003 forgets the first part; it says
-# Var(without slices) / m.) A batch of B points divides both by B.
+# More slices take away the second part, and never the first. A batch of B points divides both by B.
+# (003 has Var(without slices) / m: the first part, divided by m as the second should be.)
 #
 # The second part has a closed form. At fixed x all sliced losses are v^T A v plus a constant: that
 # of ssm_vr with A = J, that of ssm with A = J + s s^T / 2, and that of fd_ssm nearly the same.
@@ -611,8 +618,8 @@ fig.savefig(os.path.join(args.outdir, "training.png"))
 def slicing_variance(A, slices):
     """Variance of v^T A v over v, for each of the matrices A (B, d, d).  -> (B,); theory.md 5.4
 
-    In v^T A v = sum over i, j of A_ij v_i v_j random signs leave the diagonal to no chance, as
-    v_i^2 = 1, and vectors of fixed length leave the trace to none.
+    v^T A v = sum over i, j of A_ij v_i v_j. With random signs v_i^2 = 1, so the diagonal of A adds
+    no variance; with vectors of length sqrt(d) a multiple of the identity matrix adds none.
     """
     A = (A + A.mT) / 2                                   # v^T A v = v^T A^T v
     d = A.shape[1]
@@ -658,7 +665,7 @@ def measured_and_expected(values, without_slices, A, slices):
 
 
 network = networks["correlated", "ssm_vr"]               # a good one
-n_points = min(5000, 50_000_000 // args.dim**2)          # as many (d, d) matrices are kept
+n_points = min(5000, 50_000_000 // args.dim**2)          # each has a (d, d) matrix in memory
 x = train_points["correlated"][:n_points]
 s = network(x).detach()                                              # (B, d)
 J = torch.func.vmap(torch.func.jacrev(network))(x).detach()          # (B, d, d)
@@ -760,7 +767,7 @@ for name in methods:
 #    fd_ssm differentiates values of s, not slopes. With the kink between x - h v and x + h v, one
 #    of the two values depends on a. Such points are few, a share proportional to h, and each of
 #    them counts 1/h: the mean gradient is right, and the longer h is, the smaller is its variance.
-#    So fd_ssm survives a ReLU.
+#    So fd_ssm survives a ReLU, and so do dsm and explicit, which have no J. exact fails with ssm.
 #
 # 3. The step h. The error of fd_ssm grows as h^2; below the best h round-off takes over.
 def unit_sphere(x):
@@ -808,11 +815,13 @@ def difference_gaps(hs, dtype):
 
 
 traps = train_traps()
-print(f"\ntrained on {args.data}             relative error against p")
+print(f"\ntrained on {args.data}           relative error against p (dsm: q_sigma)")
 for name in ["ssm_vr", "fd_ssm", "dsm"]:
-    print(f"{name:26s} {histories[args.data, name]['error_p'][-1]:10.3f}")
+    key = "error_q" if name == "dsm" else "error_p"
+    print(f"{name:26s} {histories[args.data, name][key][-1]:10.3f}")
 for name, (network, history) in traps.items():
-    print(f"{name:26s} {history['error_p'][-1]:10.3f}")
+    key = "error_q" if name == "dsm, ReLU" else "error_p"
+    print(f"{name:26s} {history[key][-1]:10.3f}")
 print("ssm_vr: the learned score is about a times the exact one, with the right slices "
       f"a = {fitted_factor(networks[args.data, 'ssm_vr'], args.data):.3f},\nwith unit slices "
       f"a = {fitted_factor(traps['ssm_vr, unit slices'][0], args.data):.3f} (expected: 1/d = 0.5)")
@@ -832,12 +841,13 @@ def draw_traps():
     with_relu = {"ssm_vr": "ssm_vr, ReLU", "fd_ssm": "fd_ssm, ReLU, h = 0.03", "dsm": "dsm, ReLU"}
     for name, trap in with_relu.items():
         colour = loss_colours[name]
+        key = "error_q" if name == "dsm" else "error_p"
         history = histories[args.data, name]
-        axs[0].plot(history["step"], history["error_p"], color=colour, label=f"{name}, SiLU")
+        axs[0].plot(history["step"], history[key], color=colour, label=f"{name}, SiLU")
         history = traps[trap][1]
-        axs[0].plot(history["step"], history["error_p"], "--", color=colour, label=trap)
+        axs[0].plot(history["step"], history[key], "--", color=colour, label=trap)
     axs[0].set(xlabel="step", ylabel="relative score error", yscale="log", ylim=(0.1, 1.6),
-               title=f"ReLU (dashed) on {args.data}: error against p")
+               title=rf"ReLU (dashed) on {args.data}: error against p (dsm: $q_\sigma$)")
     axs[0].legend(fontsize=8, ncols=2)
     axs[1].loglog(hs, gaps64, "o-", ms=3, color=BLUE, label="float64")
     axs[1].loglog(hs, gaps32, "o-", ms=3, color=ORANGE, label="float32")

@@ -846,13 +846,13 @@ def test_dsm_2d_calls_and_levels_are_as_printed(dsm_2d, name):
 
 def test_dsm_2d_score_keeps_no_graph(dsm_2d):
     """003's samplers keep a graph over all their steps."""
-    x = torch.randn(5, 2, requires_grad=True)
+    x = torch.randn(5, 2)
     assert not dsm_2d.score(x, 0.3).requires_grad
-    close(dsm_2d.score(x, 0.3), dsm_2d.model(x, torch.full((5,), math.log(0.3))).detach())
+    close(dsm_2d.score(x, 0.3), dsm_2d.model(x, torch.full((5,), math.log(0.3))))
 
 
 def test_dsm_2d_start_has_the_moments_of_the_noisy_data(dsm_2d):
-    x = dsm_2d.start_points(40000).double()
+    x = dsm_2d.start.sample((40000,)).double()
     data = dsm_2d.x_data.double()
     mean, cov = data.mean(0), torch.cov(data.T) + dsm_2d.sigma_max**2 * torch.eye(2).double()
     within(x, mean)
@@ -922,8 +922,6 @@ def test_dsm_2d_7_2_flow_and_its_divergence(dsm_2d):
     close(f, -0.7 * learned_field(x, 0.7))
     close(div_f, -0.7 * (2 * x[:, 0] + x[:, 1].cos() + 0.7))
     assert not (x.requires_grad or f.requires_grad or div_f.requires_grad)
-    with torch.no_grad():
-        close(dsm_2d.flow(learned_field, x, 0.7)[1], div_f)
 
 
 def test_dsm_2d_7_2_likelihood_of_a_gaussian_is_exact_in_the_limit(dsm_2d):
@@ -957,17 +955,9 @@ def test_dsm_2d_7_2_likelihood_by_the_exact_score(dsm_2d):
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.2)
 
 
-def test_dsm_2d_likelihood_uses_the_network_and_a_gaussian_start(dsm_2d):
-    x = torch.randn(5, 2)
-    close(dsm_2d.score_with_graph(x, 0.3).detach(), dsm_2d.score(x, 0.3))
-    variance = dsm_2d.sigma_max**2 + dsm_2d.model.sigma_data.item() ** 2
-    start = MultivariateNormal(dsm_2d.model.mean, variance * torch.eye(2))
-    torch.testing.assert_close(dsm_2d.log_gaussian(x), start.log_prob(x))
-
-
 def test_dsm_2d_printed_likelihood_is_that_of_fresh_noisy_points(dsm_2d):
     """2000 points of q at sigma_min; means, difference and standard error as printed."""
-    printed = re.search(r"learned (\S+), exact (\S+),\ndifference (\S+) \(standard error (\S+);",
+    printed = re.search(r"learned (\S+), exact (\S+),\ndifference (\S+) \+- (\S+) ",
                         dsm_2d.printed.partition("log density at 2000")[2])
     learned, exact, difference, standard_error = [float(value) for value in printed.groups()]
     noisy = law("gmm2", dsm_2d.sigma_min)
@@ -2465,7 +2455,9 @@ def test_sliced_sm_denoising_value(sliced_sm):
     within(sliced_sm.denoising_loss(model, x, sigma, reduction="none"), expected)
     eps = normal(40000, 3, seed=11)
     for draw in sliced_sm.draws.values():
-        within(sliced_sm.sliced_denoising_loss(model, x, eps, draw, sigma), expected, se=5)
+        settings = {"eps": eps, "draw": draw, "sigma": sigma}
+        values = sliced_sm.sliced_denoising_loss(model, x, reduction="none", **settings)
+        within(values, expected, se=5)
     seen = []
 
     def remember(x):
@@ -2475,6 +2467,17 @@ def test_sliced_sm_denoising_value(sliced_sm):
     sliced_sm.denoising_loss(remember, x, sigma)
     close(seen[0].mean(0), x)
     within((seen[0][0] - x) ** 2, torch.tensor(sigma**2).double())
+
+
+def test_sliced_sm_defaults_are_those_of_the_settings(sliced_sm):
+    """Pasted alone, dsm has sigma = 0.1 and fd_ssm has h = 0.01."""
+    x = normal(9, 3)
+    for name, setting in [("denoising_loss", {"sigma": 0.1}),
+                          ("finite_difference_loss", {"h": 0.01})]:
+        torch.manual_seed(4)
+        ours = getattr(sliced_sm, name)(curved, x)
+        torch.manual_seed(4)
+        close(ours, getattr(sliced_sm, name)(curved, x, **setting))
 
 
 def test_sliced_sm_losses_leave_the_data_alone(sliced_sm):
@@ -2565,6 +2568,8 @@ def test_sliced_sm_correlated_mixture(sliced_sm):
     variances = torch.linalg.eigvalsh(law.covs)
     expected = torch.tensor(np.geomspace(0.3, 2, 6)).float().expand(3, 6)
     torch.testing.assert_close(variances, expected, rtol=1e-4, atol=1e-5)
+    centres = torch.cat([sliced_sm.correlated_mixture(3).centres for _ in range(200)])
+    within(centres, 0.0)                                 # in all directions
 
 
 def test_sliced_sm_model_starts_as_a_gaussian(sliced_sm):
@@ -2624,6 +2629,34 @@ def test_sliced_sm_every_loss_learns():
     script = run("sliced_sm", flags, until="Sampling")
     for (_, name), history in script.histories.items():
         assert history["error_q" if name == "dsm" else "error_p"][-1] < 0.35, name
+
+
+def test_sliced_sm_5_5_error_of_denoising_in_the_table_of_variances(sliced_sm):
+    """e = s(x + sigma eps) + eps/sigma with normal eps; dsm without slices is |e|^2/2."""
+    x, eps = sliced_sm.train_points["correlated"][:5000], sliced_sm.eps
+    sigma, network = sliced_sm.args.sigma, sliced_sm.networks["correlated", "ssm_vr"]
+    with torch.no_grad():
+        e = network(x + sigma * eps) + eps / sigma
+    torch.testing.assert_close(sliced_sm.e, e)
+    torch.testing.assert_close(sliced_sm.dsm_losses, (e**2).sum(1) / 2)
+    within(eps, 0.0)
+    within(eps**2, 1.0)
+
+
+def test_sliced_sm_traps_are_trained_as_named(sliced_sm):
+    """The step h, the activation and the slices of each trap."""
+    seen = []
+
+    def remember(loss_function, law_name, title, activation=torch.nn.SiLU):
+        seen.append((loss_function.keywords, activation))
+
+    with mock.patch.dict(sliced_sm.train_traps.__globals__, {"train": remember}):
+        names = list(sliced_sm.train_traps())
+    for name, (settings, activation) in zip(names, seen, strict=True):
+        if "h =" in name:
+            assert settings["h"] == float(name.split("h = ")[1])
+        assert (activation is torch.nn.ReLU) == ("ReLU" in name)
+        assert (settings.get("draw") is sliced_sm.unit_sphere) == ("unit" in name)
 
 
 def test_sliced_sm_timing(sliced_sm):
