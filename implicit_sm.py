@@ -988,6 +988,7 @@ print(" ".join(f"{key}={value}" for key, value in summary.items()))
 # dependencies = [
 #     "torch==2.13.0",
 #     "numpy==2.4.6",
+#     "scikit-learn==1.9.1",
 #     "matplotlib==3.11.2",
 #     "tqdm==4.70.1",
 # ]

@@ -323,17 +323,11 @@ def test_all_shared_passages_are_alike(name):
 
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_all_inline_metadata_hold_the_pins(name):
-    """uv run and pip install the same versions, of the packages that the script imports."""
+    """uv run and pip install the same versions."""
     text = (HERE / f"{name}.py").read_text(encoding="utf-8")
     pins = re.findall(r'^#     "(.*)",$', text.partition("# /// script")[2], re.M)
     wanted = (HERE / "requirements.txt").read_text().split("# only for")[0].splitlines()
-    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
-    expected = []
-    for line in wanted:
-        package = line.partition("==")[0].replace("scikit-learn", "sklearn")
-        if package in imported:
-            expected.append(line)
-    assert pins == expected and len(pins) >= 4
+    assert pins == [line for line in wanted if line and line[0] != "#"]
 
 
 # %% dsm_2d.py: data and exact score
