@@ -664,13 +664,13 @@ titles.append("data")
 colours = [GREY, GREY, GREY, GREY, GREY, ORANGE, BLUE]
 draw_row(clouds, titles, colours, f"From pure noise to samples ({args.sampler})", "generation.png")
 
-# The same as a movie: all states if they are at most 55, the last one a second longer, and again.
-frames = np.linspace(0, len(levels), min(55, len(path))).astype(int).tolist()
-frames += 13 * [len(levels)]
-fig, axs = plt.subplots(1, 2, figsize=(7, 3.7))
+# The same as a movie: at most 41 of the states, then the last one for a while, and again.
+frames = np.linspace(0, len(levels), min(41, len(path))).astype(int).tolist()
+frames += 8 * [len(levels)]
+fig, axs = plt.subplots(1, 2, figsize=(6.4, 3.4))
 dots(axs[1], clouds[-1], BLUE)
 panel(axs[1], "data")
-movie = PillowWriter(fps=13)
+movie = PillowWriter(fps=10)
 with movie.saving(fig, os.path.join(args.outdir, "generation.gif"), dpi=100):
     for i in frames:
         axs[0].clear()
