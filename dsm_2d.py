@@ -412,7 +412,7 @@ def ancestral_step(score, x, sigma, sigma_next, ddim=False):
         # correlation of eps' and eps is sigma_next / sigma. For Gaussians this says: given eps,
         # eps' is sigma_next / sigma times eps, plus noise that does not depend on it.
         keep = sigma_next / sigma
-    z = torch.randn_like(x)                              # in DDIM times 0; drawn all the same
+    z = torch.randn_like(x)                              # in DDIM times 0
     eps_next = keep * eps + math.sqrt(1 - keep**2) * z
     return x_clean + sigma_next * eps_next
 
