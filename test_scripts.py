@@ -1004,6 +1004,16 @@ def test_dsm_2d_printed_likelihood_is_that_of_fresh_noisy_points(dsm_2d):
     assert levels[-1] == pytest.approx(dsm_2d.sigma_min, rel=1e-5)
 
 
+def test_dsm_2d_7_5_printed_answers_are_those_at_the_printed_point(dsm_2d):
+    """At x_t = (1, 2) with alpha_t = 0.8 and sigma_t = 0.6; eps and score as printed."""
+    text = dsm_2d.printed.partition("At x_t = (1, 2), where alpha_t = 0.8 and sigma_t = 0.6")[2]
+    eps = dsm_2d.eps64(torch.tensor([[1.0, 2.0]]).double(), 0.8, 0.6)[0]
+    printed = re.search(r"\nscore = \((\S+), (\S+)\), from which eps = \((\S+), (\S+)\)", text)
+    values = torch.tensor([float(value) for value in printed.groups()])
+    expected = torch.cat([-eps / 0.6, eps]).float()
+    torch.testing.assert_close(values, expected, rtol=0, atol=6e-4)
+
+
 def test_dsm_2d_7_6_start_from_data_adds_the_noise_of_its_level(dsm_2d):
     x_init, seen = normal(500, 2), []
 
@@ -1932,7 +1942,7 @@ def test_implicit_sm_table_of_losses_has_those_of_model_and_exact_score(implicit
 
 def test_implicit_sm_printed_table_tells_learning_by_heart(trained):
     """30 points: far below the exact score's loss there, far above it at fresh points."""
-    table = rows_between(trained.printed, "10 points in 1-D", "(The second row")
+    table = rows_between(trained.printed, "30 points in 1-D", "(The second row")
     by_heart, denoised = [[float(cell) for cell in row[-5:]] for row in table]
     assert by_heart[0] < by_heart[1] - 0.5 and by_heart[2] > by_heart[3] + 0.5
     assert denoised[0] == pytest.approx(denoised[1], abs=0.3)
