@@ -335,8 +335,9 @@ def score_errors(model):
 model = ScoreMLP(args.hidden, num_layers=args.layers,
                  mean=x_data.mean(dim=0), sigma_data=x_data.std())
 optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-# The learning rate rises for 15 % of the steps, then falls to 0: so it can be high without harm.
-# (By default it also lowers Adam's momentum while the rate is high.)
+# The learning rate rises for 15 % of the steps, then falls to 0. The high rates in the middle
+# learn fast, and the low ones at the end take out the noise of the steps. (By default it also
+# lowers Adam's momentum while the rate is high.)
 scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.15)
 # The weights that will be used are a mean over about the last 100 steps, which is less noisy. It
 # begins at half time, with the weights as they are then: so nothing in it is from the start, after
@@ -430,10 +431,10 @@ def ancestral_sampling(score, x, sigmas, ddim=False):
 
 
 def heun_sampling(score, x, sigmas):
-    """Follow dx/dsigma = -sigma s: points that move by it have the density q_sigma at every sigma.
+    """Follow dx/dsigma = -sigma s.
 
-    (theory.md 7.2) DDIM's step is Euler's rule for this equation. Heun's goes there, looks at the
-    slope again, and takes the mean of both slopes.
+    Points that move by it have the density q_sigma at every sigma (theory.md 7.2). DDIM's step is
+    Euler's rule. Heun's goes there, looks at the slope again, and takes the mean of both slopes.
     """
     path = [x]
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):

@@ -276,7 +276,7 @@ class ConditionedSimpleResnet(nn.Module):
 
     def __init__(self, in_channels, out_channels, n_filters, n_blocks, num_embeddings):
         super().__init__()
-        n_outer = n_blocks // 4                          # of 8 blocks: 2 at 14x14, 4 at 7x7, 2
+        n_outer = n_blocks // 4                          # of 8 blocks: 2, then 4 at 7x7, then 2
         self.first_block = nn.Conv2d(4 * in_channels, n_filters, 3, padding=1)
         self.blocks_14_down = nn.ModuleList()
         for _ in range(n_outer):
@@ -510,7 +510,7 @@ class UNet(nn.Module):
         x = self.merge(torch.cat([x, h], dim=1))         # the skip of a U-Net
         for block in self.blocks_14_up:
             x = block(x, embedding)
-        x = self.last_block(F.silu(self.last_norm(x)))         # (B, 4 channels, 14, 14)
+        x = self.last_block(F.silu(self.last_norm(x)))   # (B, 4 channels, 14, 14)
         return F.pixel_shuffle(x, 2)                     # (B, channels, 28, 28)
 
 
@@ -788,7 +788,7 @@ def langevin_step(score, x, sigma, kappa):
 def predictor_corrector(score, x, sigmas, kappa):
     """At each level the corrector, a Langevin step, then the predictor, DDPM's step to the next.
 
-    003 adds noise of the size sigma_next in the second, which is too much (theory.md 8.4).
+    003 adds noise of the size sigma_next in the second, which is too much (theory.md 7.4).
     """
     path = [x]
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):

@@ -11,7 +11,7 @@
 
 The same network is trained by this loss, ssm, and by five relatives of it, on two moons and on data
 in 20 dimensions. The data are mixtures of Gaussians, so the exact score is known, and every error
-is one against the truth. The default run takes 43 s on one core (Python 3.11, torch 2.13.0). Its
+is one against the truth. The default run takes 45 s on one core (Python 3.11, torch 2.13.0). Its
 last line:
 
     data=moons ... err_exact=0.2312 err_ssm=0.3966 err_ssm_vr=0.261 ... SW2=0.0372 floor=0.0312 ...
@@ -766,8 +766,9 @@ for name in methods:
 #
 #    fd_ssm differentiates values of s, not slopes. With the kink between x - h v and x + h v, one
 #    of the two values depends on a. Such points are few, a share proportional to h, and each of
-#    them counts 1/h: the mean gradient is right, and the longer h is, the smaller is its variance.
-#    So fd_ssm survives a ReLU, and so do dsm and explicit, which have no J. exact fails with ssm.
+#    them counts 1/h: the mean gradient is right but for an error of the size h^2, and the longer h
+#    is, the smaller is its variance. So fd_ssm survives a ReLU, and so do dsm and explicit, which
+#    have no J. exact fails with ssm.
 #
 # 3. The step h. The error of fd_ssm grows as h^2; below the best h round-off takes over.
 def unit_sphere(x):

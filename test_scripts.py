@@ -547,7 +547,11 @@ def test_dsm_2d_7_1_model_is_preconditioned(dsm_2d, trained):
     if trained:
         torch.nn.init.normal_(model.net[-1].weight)
     seen = []
-    model.net.register_forward_hook(lambda net, inputs, output: seen.extend([inputs[0], output]))
+
+    def remember(net, inputs, output):
+        seen.extend([inputs[0], output])
+
+    model.net.register_forward_hook(remember)
     x, sigma = mean + normal(9, 2), torch.logspace(-2, 1, 9).double()
     s, centred = model(x, sigma.log()), x - mean
     s2, d2 = sigma[:, None] ** 2, sigma_data.double() ** 2
@@ -561,7 +565,11 @@ def test_dsm_2d_7_1_model_is_preconditioned(dsm_2d, trained):
 def test_dsm_2d_network_sees_the_point_its_waves_and_the_level(dsm_2d):
     """34 features: x, sin and cos of 8 random waves of x, and the embedding; so many layers."""
     model, seen = dsm_2d.ScoreMLP(5, time_dim=3, num_layers=4), []
-    model.net.register_forward_hook(lambda net, inputs, output: seen.append(inputs[0]))
+
+    def remember(net, inputs, output):
+        seen.append(inputs[0])
+
+    model.net.register_forward_hook(remember)
     x, log_sigma = torch.randn(7, 2), torch.linspace(-2, 1, 7)
     model(x, log_sigma)
     scaled = x / (1 + (2 * log_sigma).exp())[:, None].sqrt()
@@ -621,7 +629,11 @@ def test_dsm_2d_gradient_of_the_loss_has_the_right_sign(dsm_2d, a, sign):
     """For N(0, I) at sigma = 1 the score is -x/2: the loss of -a x falls up to a = 1/2."""
     a = torch.tensor(a, requires_grad=True)
     x = torch.randn(40000, 2)
-    dsm_2d.dsm_loss_multi_sigma(lambda x, log_sigma: -a * x, x, torch.ones(1)).backward()
+
+    def model(x, log_sigma):
+        return -a * x
+
+    dsm_2d.dsm_loss_multi_sigma(model, x, torch.ones(1)).backward()
     assert sign * a.grad > 0
 
 
@@ -752,7 +764,9 @@ def test_dsm_2d_sampler_that_leaves_the_finite_stops_the_run(tmp_path):
 
 # %% dsm_2d.py: samplers; for data N(0, v) the exact score -x/(sigma^2 + v) makes them linear
 def gaussian(v):
-    return lambda x, sigma: -x / (sigma**2 + v)
+    def score(x, sigma):
+        return -x / (sigma**2 + v)
+    return score
 
 
 def mixed(x, sigma):
@@ -796,11 +810,11 @@ def test_dsm_2d_7_3_sampler_variances(dsm_2d, name, v):
     assert variances == pytest.approx(expected, rel=0.04, abs=1e-20)   # 4 SE = 4 sqrt(2/20000)
 
 
-def consistent_annealed_sampling(score, x, sigmas, rho):
+def consistent_annealed_sampling(score, x, sigmas, ddim):
     """theory.md 7.3, written with rho; rho = 1 is DDIM, rho = sigma_next/sigma is DDPM."""
     path = [x]
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-        r = rho(sigma_next / sigma)
+        r = 1 if ddim else sigma_next / sigma
         kappa = 1 - r * sigma_next / sigma
         noise = sigma_next * math.sqrt(1 - r**2) * torch.randn_like(x)
         x = x + kappa * sigma**2 * score(x, sigma) + noise
@@ -808,13 +822,13 @@ def consistent_annealed_sampling(score, x, sigmas, rho):
     return path
 
 
-@pytest.mark.parametrize("ddim, rho", [(False, lambda ratio: ratio), (True, lambda ratio: 1)])
-def test_dsm_2d_7_3_one_formula_for_ddpm_and_ddim(dsm_2d, ddim, rho):
+@pytest.mark.parametrize("ddim", [False, True])
+def test_dsm_2d_7_3_one_formula_for_ddpm_and_ddim(dsm_2d, ddim):
     x, sigmas = normal(30, 2), [2.0, 1.2, 0.5]
     torch.manual_seed(1)
     ours = dsm_2d.ancestral_sampling(mixed, x, sigmas, ddim)
     torch.manual_seed(1)
-    theirs = consistent_annealed_sampling(mixed, x, sigmas, rho)
+    theirs = consistent_annealed_sampling(mixed, x, sigmas, ddim)
     for state, wanted in zip(ours[:-1], theirs, strict=True):
         close(state, wanted)
     close(ours[-1], theirs[-1] + 0.5**2 * mixed(theirs[-1], 0.5))
@@ -1305,10 +1319,10 @@ def test_dsm_homework_figures(dsm_homework):
     assert len(projected) == 4 and torch.equal(dsm_homework.samples, dsm_homework.sample_sets[3])
     sw2 = dsm_homework.mean_sw2(projected, dsm_homework.fresh_projections(0.1))
     assert dsm_homework.sw2 == pytest.approx(sw2, rel=0.25)
-    floor = dsm_homework.mean_sw2(dsm_homework.fresh_projections(0.1), dsm_homework.fresh_projections(0.1))
-    assert dsm_homework.sw2_floor == pytest.approx(floor, rel=0.4)
-    floor = dsm_homework.mean_sw2(dsm_homework.fresh_projections(0), dsm_homework.fresh_projections(0))
-    assert dsm_homework.clean_floor == pytest.approx(floor, rel=0.4)
+    for sigma, printed in [(0.1, dsm_homework.sw2_floor), (0, dsm_homework.clean_floor)]:
+        fresh = dsm_homework.fresh_projections(sigma)
+        floor = dsm_homework.mean_sw2(dsm_homework.fresh_projections(sigma), fresh)
+        assert printed == pytest.approx(floor, rel=0.4)
     with torch.no_grad():
         clean = [x + 0.01 * dsm_homework.model(x) for x in dsm_homework.sample_sets]
     clean = [dsm_homework.sorted_projections(x) for x in clean]
@@ -1713,7 +1727,8 @@ def test_implicit_sm_3_1_identity(implicit_sm, torch_s, s, slope):
     assert sides[0] == pytest.approx(expectation(squared_error), abs=1e-6)
     assert sides[1] == pytest.approx(expectation(implicit), abs=1e-6)
     half_fisher = expectation(half_square)
-    assert expectation(squared_error) == pytest.approx(expectation(implicit) + half_fisher, abs=1e-8)
+    expected = expectation(implicit) + half_fisher
+    assert expectation(squared_error) == pytest.approx(expected, abs=1e-8)
     assert implicit_sm.half_fisher_1d == pytest.approx(half_fisher, abs=1e-6)
     assert implicit_sm.largest_difference < 1e-8
 
@@ -1784,7 +1799,7 @@ def test_implicit_sm_loss_stands_alone(name):
 
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_implicit_sm_3_4_exact_trace(implicit_sm, d):
-    """The loss is the mean of |s|^2/2 + tr ds/dx, with the trace of two others; under no_grad, too."""
+    """The mean of |s|^2/2 + tr ds/dx, with the trace of two other ways; under no_grad, too."""
     x = normal(7, d)
 
     def at_point(y):
@@ -1950,7 +1965,7 @@ def test_implicit_sm_printed_table_tells_learning_by_heart(trained):
 
 
 def test_implicit_sm_3_7_few_points(trained):
-    """The implicit loss falls below the least value and rises on fresh points; denoising is sound."""
+    """The implicit loss falls below the least value, rises on fresh points; denoising is sound."""
     assert trained.history_few["loss"][-1] < -2.55 < -2 < trained.history_few["fresh_loss"][-1]
     x = trained.x_few
     few = trained.measure(trained.model_few, trained.law_1d, x, trained.x_fresh_1d)
@@ -1977,7 +1992,7 @@ def test_implicit_sm_3_8_bridge(trained):
 
 @pytest.mark.parametrize("unit, biased", [("relu", True), ("softplus", False), ("silu", False)])
 def test_implicit_sm_3_6_gradient_of_the_trace(implicit_sm, unit, biased):
-    """With relu autograd misses -p(theta) = -0.381 of the true -0.648, with smooth units nothing."""
+    """With relu autograd misses -p(theta) = -0.381 of -0.648, with smooth units nothing."""
     act = getattr(torch.nn.functional, unit)
     autograd, difference = implicit_sm.unit_slopes(act, 400_000)
     missing = -scipy.stats.norm.pdf(0.3) if biased else 0.0
@@ -2088,7 +2103,7 @@ def test_implicit_sm_9_2_geometry_table(implicit_sm, x1, size, eigenvalues, kind
     ([[-1, 0], [0, 0]], "degenerate"), ([[-1, 5], [-5, -1]], "peak"),
     ([[-1, 2], [0, -1]], "peak")])
 def test_implicit_sm_9_1_kinds(implicit_sm, matrix, kind):
-    """Linear fields at 0, spirals and asymmetric ones among them: the Jacobian is not symmetrised."""
+    """Linear fields at 0, spirals and asymmetric ones too: the Jacobian is not symmetrised."""
     J = torch.tensor(matrix, dtype=torch.float32)
 
     def field(x):
@@ -2258,7 +2273,7 @@ def test_implicit_sm_10_2_fisher_information(implicit_sm):
 
 
 def test_implicit_sm_10_kernel_denoising_loss(implicit_sm):
-    """|s(x + n) - t|^2/2 and |s(x - n) + t|^2/2, summed over coordinates, averaged over the rest."""
+    """|s(x + n) - t|^2/2 and |s(x - n) + t|^2/2, summed over coordinates, else averaged."""
     x, n = normal(6, 2), normal(6, 2, seed=1)
     kernel = implicit_sm.kernels["logistic"]
     target = implicit_sm.target_of(kernel, n)
@@ -2515,7 +2530,7 @@ def test_sliced_sm_losses_leave_the_data_alone(sliced_sm):
 # %% sliced_sm.py: variances
 @pytest.mark.parametrize("slices", SLICES)
 def test_sliced_sm_5_4_slicing_variance(sliced_sm, slices):
-    """Var of v'Av over v, against draws; signs see no diagonal matrix, the sphere no multiple of I."""
+    """Var of v'Av over v, against draws; 0 for signs and a diagonal A, the sphere and A = I."""
     A = normal(3, 3, seed=5)
     v = sliced_sm.draws[slices](torch.zeros(200000, 3, dtype=torch.float64))
     values = torch.einsum("bi,ij,bj->b", v, A, v)
@@ -2696,7 +2711,7 @@ def test_sliced_sm_timing(sliced_sm):
 
 
 def test_sliced_sm_traps(sliced_sm):
-    """What the last extra prints: the order 2, the factor of unit slices, errors of the trainings."""
+    """What the last extra prints: the order 2, the factor of unit slices, the errors."""
     assert sliced_sm.order == pytest.approx(2, abs=0.1)
     assert set(sliced_sm.traps) == {"ssm_vr, unit slices", "ssm_vr, ReLU", "dsm, ReLU",
                                     "fd_ssm, ReLU, h = 0.01", "fd_ssm, ReLU, h = 0.03"}
@@ -2716,7 +2731,7 @@ def test_sliced_sm_traps(sliced_sm):
 
 
 def test_sliced_sm_3_6_relu_and_finite_differences(sliced_sm):
-    """s = relu(x - 0.3) on N(0, 1): autograd misses -p(0.3) of the slope -0.648, differences do not."""
+    """s = relu(x - 0.3) on N(0, 1): autograd misses -p(0.3) of the slope -0.648, fd_ssm not."""
     theta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     x = normal(10**6, 1, seed=12)
 
@@ -2755,12 +2770,14 @@ def test_sliced_sm_divergence(sliced_sm):
 
 # %% theory.md: identities that no script computes, and its links
 def test_theory_2_1_variance_preservation():
-    """Cov(x_t) = alpha^2 C + sigma^2 I is C only for C = sigma^2/(1 - alpha^2) I; a DDPM chain moves it to I by the factor alpha_bar."""
-    root, (alpha, sigma) = torch.tensor([2.0, 0.5]).double(), (math.sqrt(0.5), math.sqrt(0.5))
+    """alpha^2 C + sigma^2 I is C only for C = sigma^2/(1 - alpha^2) I; DDPM moves C to I."""
+    root = torch.tensor([2.0, 0.5]).double()
+    alpha = sigma = math.sqrt(0.5)
     x_t = alpha * root * normal(200000, 2) + sigma * normal(200000, 2, seed=1)
     within(x_t.square(), torch.tensor([2.5, 0.625]).double())
     assert (root**2 != torch.tensor([2.5, 0.625])).all()
-    within((alpha * normal(200000, 2) + sigma * normal(200000, 2, seed=1)).square(), torch.ones(2).double())
+    x_t = alpha * normal(200000, 2) + sigma * normal(200000, 2, seed=1)
+    within(x_t.square(), torch.ones(2).double())
     C, alpha_bar = torch.diag(root**2), 1.0
     for beta in (0.1, 0.3, 0.2):
         C, alpha_bar = (1 - beta) * C + beta * torch.eye(2).double(), alpha_bar * (1 - beta)
@@ -2776,100 +2793,143 @@ ALPHAS = (0.9, 0.5, 0.6, 1.1)   # alpha_s, sigma_s, alpha_t, sigma_t with SNR_t 
 
 
 def test_theory_2_2_transition():
-    """The Markov kernel reproduces q(x_t | x_0); so does every rho, but only the Markov one leaves x_0 out; it may not exist."""
+    """The Markov kernel gives q(x_t | x_0); so does every rho, but only that one leaves x_0 out."""
     (a_s, s_s, a_t, s_t), x0 = ALPHAS, normal(200000, 1)
     x_s = a_s * x0 + s_s * normal(200000, 1, seed=1)
     a, variance = transition(*ALPHAS)
+    expected = torch.tensor([s_t**2]).double()
     markov = math.sqrt((a_t / s_t) ** 2 / (a_s / s_s) ** 2)
     for rho in (-0.5, 0.0, markov, 1.0):
-        x_t = a_t * x0 + rho * s_t / s_s * (x_s - a_s * x0) + math.sqrt(1 - rho**2) * s_t * normal(200000, 1, seed=2)
-        within((x_t - a_t * x0).square(), torch.tensor([s_t**2]).double())        # the same marginals
+        z = normal(200000, 1, seed=2)
+        x_t = a_t * x0 + rho * s_t / s_s * (x_s - a_s * x0) + math.sqrt(1 - rho**2) * s_t * z
+        within((x_t - a_t * x0).square(), expected)      # the same marginals
         within((x_t - a_t * x0) * x0, torch.zeros(1).double())
-        on_x0 = ((x_t - a * x_s) * x0).mean() / (x0 * x0).mean()                  # E[x_t - a x_s | x_0] is a multiple of x_0
-        assert (abs(on_x0) < 0.02) and ((rho == markov) == bool(abs(((x_t - a * x_s) * (x_s - a_s * x0)).mean()) < 0.01))
-    within((a * x_s + math.sqrt(variance) * normal(200000, 1, seed=3) - a_t * x0).square(), torch.tensor([s_t**2]).double())
+        rest = x_t - a * x_s
+        assert abs((rest * x0).mean() / (x0 * x0).mean()) < 0.02
+        correlation = (rest * (x_s - a_s * x0)).mean().item()
+        assert (abs(correlation) < 0.01) == (rho == markov)
+    x_t = a * x_s + math.sqrt(variance) * normal(200000, 1, seed=3)
+    within((x_t - a_t * x0).square(), expected)
+
+
+def test_theory_2_2_transition_need_not_exist():
     assert transition(0.6, 0.8, 0.9, 0.5)[1] == pytest.approx(-1.19)
 
 
 def test_theory_2_3_posterior():
-    """q(x_s | x_t, x_0) by Bayes' rule from the transition, against the formulas with rho and with x_t, and the KL of two of them."""
+    """q(x_s | x_t, x_0) by Bayes' rule, against the formulas with rho and with x_t, and the KL."""
     a_s, s_s, a_t, s_t = ALPHAS
     a, variance = transition(*ALPHAS)
     x0, guess, x_t = 0.7, -0.4, 1.9
-    precision = 1 / s_s**2 + a**2 / variance   # product of N(x_s; a_s x0, s_s^2) and N(x_t; a x_s, variance)
-    mean = lambda x0: (a_s * x0 / s_s**2 + a * x_t / variance) / precision
+    # the product of N(x_s; a_s x0, s_s^2) and N(x_t; a x_s, variance)
+    precision = 1 / s_s**2 + a**2 / variance
+
+    def mean(x0):
+        return (a_s * x0 / s_s**2 + a * x_t / variance) / precision
+
     rho = a_t * s_s / (a_s * s_t)
-    assert mean(x0) == pytest.approx(a_s * x0 + rho * s_s / s_t * (x_t - a_t * x0)) == pytest.approx(a * s_s**2 / s_t**2 * x_t + a_s * variance / s_t**2 * x0)
-    assert 1 / precision == pytest.approx((1 - rho**2) * s_s**2) == pytest.approx(s_s**2 * variance / s_t**2)
+    assert mean(x0) == pytest.approx(a_s * x0 + rho * s_s / s_t * (x_t - a_t * x0))
+    by_x_t = a * s_s**2 / s_t**2 * x_t + a_s * variance / s_t**2 * x0
+    assert mean(x0) == pytest.approx(by_x_t)
+    assert 1 / precision == pytest.approx((1 - rho**2) * s_s**2)
+    assert 1 / precision == pytest.approx(s_s**2 * variance / s_t**2)
     snr = (a_s / s_s) ** 2 - (a_t / s_t) ** 2
-    assert (mean(x0) - mean(guess)) ** 2 * precision / 2 == pytest.approx(snr / 2 * (x0 - guess) ** 2)
+    divergence = (mean(x0) - mean(guess)) ** 2 * precision / 2
+    assert divergence == pytest.approx(snr / 2 * (x0 - guess) ** 2)
 
 
-THREE_POINTS = torch.tensor([[-1.0], [0.2], [1.5]], dtype=torch.float64)   # three data points in 1-D, equally likely
+THREE_POINTS = torch.tensor([[-1.0], [0.2], [1.5]], dtype=torch.float64)   # equally likely
 LINE = torch.linspace(-9, 9, 36001, dtype=torch.float64)[:, None]
-of_three = lambda sigma: MixtureSameFamily(Categorical(torch.ones(3).double()), MultivariateNormal(THREE_POINTS, sigma**2 * torch.eye(1).double()))
+
+
+def mixture_1d(weights, means, variance):
+    """Gaussians of one variance in 1-D, as a torch distribution over (..., 1)."""
+    parts = MultivariateNormal(means, variance * torch.eye(1).double())
+    return MixtureSameFamily(Categorical(torch.tensor(weights).double()), parts)
 
 
 def three_score(x, sigma):
     x = x.detach().clone().requires_grad_()
-    return torch.autograd.grad(of_three(sigma).log_prob(x).sum(), x)[0]
+    log_q = mixture_1d([1.0, 1.0, 1.0], THREE_POINTS, sigma**2).log_prob(x)
+    return torch.autograd.grad(log_q.sum(), x)[0]
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0])
 def test_theory_4_1_to_4_3_denoising(sigma):
-    """Three data points, by quadrature: loss = excess + floor, Tweedie's mean and covariance, floor = mmse/(2 sigma^4) in its three forms."""
-    q, s, dx = of_three(sigma).log_prob(LINE).exp(), three_score(LINE, sigma), 18 / 36000
-    kernel = (-(LINE - THREE_POINTS.T).square() / (2 * sigma**2)).exp() / math.sqrt(2 * math.pi * sigma**2) / 3   # (N, 3) joint density
-    posterior = kernel / kernel.sum(1, keepdim=True)
+    """Three points, by quadrature: loss = excess + floor, Tweedie's mean and covariance."""
+    q = mixture_1d([1.0, 1.0, 1.0], THREE_POINTS, sigma**2).log_prob(LINE).exp()
+    s, dx = three_score(LINE, sigma), 18 / 36000
+    joint = (-(LINE - THREE_POINTS.T).square() / (2 * sigma**2)).exp()           # (N, 3)
+    joint = joint / math.sqrt(2 * math.pi * sigma**2) / 3
+    posterior = joint / joint.sum(1, keepdim=True)
     mean = posterior @ THREE_POINTS
     variance = posterior @ THREE_POINTS**2 - mean**2
     close(mean, LINE + sigma**2 * s, rtol=1e-8, atol=1e-8)
     slope = (three_score(LINE + 1e-5, sigma) - three_score(LINE - 1e-5, sigma)) / 2e-5
     close(variance, sigma**2 + sigma**4 * slope, rtol=1e-5, atol=1e-7)
-    E = lambda f: (q[:, None] * f).sum().item() * dx
-    floor = E(variance) / (2 * sigma**4)
-    assert floor == pytest.approx((1 / sigma**2 - E(s**2)) / 2, abs=1e-8) == pytest.approx(E(1 / sigma**2 + slope) / 2, abs=1e-6)
+
+    def E(values):
+        return (q[:, None] * values).sum().item() * dx
+
+    floor = E(variance) / (2 * sigma**4)                 # in three forms
+    assert floor == pytest.approx((1 / sigma**2 - E(s**2)) / 2, abs=1e-8)
+    assert floor == pytest.approx(E(1 / sigma**2 + slope) / 2, abs=1e-6)
     field = torch.sin(2 * LINE) - LINE
-    loss = 0.5 * (kernel * (field - (THREE_POINTS.T - LINE) / sigma**2).square()).sum().item() * dx
+    targets = (THREE_POINTS.T - LINE) / sigma**2
+    loss = 0.5 * (joint * (field - targets).square()).sum().item() * dx
     assert loss == pytest.approx(0.5 * E((field - s) ** 2) + floor, abs=1e-8)
 
 
 def test_theory_4_1_fisher_is_not_kl():
-    """Data N(0, 1), model exp(-theta x^4/4): KL is least at theta = 1/3, the Fisher divergence at 1/5 (003 says that DSM minimises KL)."""
-    x, theta = torch.linspace(-9, 9, 4001, dtype=torch.float64), torch.linspace(0.1, 0.5, 4001, dtype=torch.float64)[:, None]
+    """Data N(0, 1), model exp(-theta x^4/4): KL is least at 1/3, the Fisher divergence at 1/5."""
+    x = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    theta = torch.linspace(0.1, 0.5, 4001, dtype=torch.float64)[:, None]
     p = (-x**2 / 2).exp() / (-x**2 / 2).exp().sum()
     kl = (p * theta * x**4 / 4).sum(1) + torch.logsumexp(-theta * x**4 / 4, 1)
     fisher = (p * (-theta * x**3 + x).square()).sum(1)
-    assert theta[kl.argmin()].item() == pytest.approx(1 / 3, abs=5e-4) and theta[fisher.argmin()].item() == pytest.approx(1 / 5, abs=5e-4)
+    assert theta[kl.argmin()].item() == pytest.approx(1 / 3, abs=5e-4)
+    assert theta[fisher.argmin()].item() == pytest.approx(1 / 5, abs=5e-4)
 
 
 def test_theory_11_2_kl_over_the_levels():
-    """d/d(sigma^2) KL(q_sigma | r_sigma) = -(1/2) E|grad log q - grad log r|^2, for two mixtures, by quadrature and differences."""
+    """d KL(q_sigma | r_sigma)/d(sigma^2) = -E|grad log q - grad log r|^2/2, for two mixtures."""
     x = torch.linspace(-12, 12, 20001, dtype=torch.float64)[:, None]
-    law_ = lambda w, v: MixtureSameFamily(Categorical(torch.tensor(w).double()),
-                                          MultivariateNormal(torch.tensor([[-2.0], [1.0]]).double(), v * torch.eye(1).double()))
-    kl = lambda v: (law_([0.3, 0.7], v).log_prob(x).exp() * (law_([0.3, 0.7], v).log_prob(x) - law_([0.6, 0.4], v).log_prob(x))).sum().item() * 24 / 20000
+    means = torch.tensor([[-2.0], [1.0]]).double()
 
-    def field(w, v):
+    def log_density(weights, variance, x):
+        return mixture_1d(weights, means, variance).log_prob(x)
+
+    def kl(variance):
+        log_q = log_density([0.3, 0.7], variance, x)
+        log_r = log_density([0.6, 0.4], variance, x)
+        return (log_q.exp() * (log_q - log_r)).sum().item() * 24 / 20000
+
+    def field(weights, variance):
         y = x.clone().requires_grad_()
-        return torch.autograd.grad(law_(w, v).log_prob(y).sum(), y)[0][:, 0]
-    fisher = (law_([0.3, 0.7], 1.5).log_prob(x).exp() * (field([0.3, 0.7], 1.5) - field([0.6, 0.4], 1.5)) ** 2).sum().item() * 24 / 20000
+        return torch.autograd.grad(log_density(weights, variance, y).sum(), y)[0][:, 0]
+
+    square = (field([0.3, 0.7], 1.5) - field([0.6, 0.4], 1.5)) ** 2
+    fisher = (log_density([0.3, 0.7], 1.5, x).exp() * square).sum().item() * 24 / 20000
     assert (kl(1.501) - kl(1.499)) / 0.002 == pytest.approx(-fisher / 2, rel=1e-4)
 
 
 def anchors(text):
     """GitHub's anchors of the headings of a Markdown text."""
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        found.add(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
+    return found
 
 
 @pytest.mark.parametrize("name", ["README.md", "theory.md"])
 def test_theory_links_resolve(name):
-    """Every relative link leads to a file and, behind a #, to a heading of it; the web is not asked."""
+    """Every relative link leads to a file and, behind a #, to a heading of it."""
     for link in re.findall(r"\]\(([^)\s]+)\)", (HERE / name).read_text(encoding="utf-8")):
         if not link.startswith("http"):
             file, _, anchor = link.partition("#")
             path = HERE / (file or name)
-            assert path.exists() and (not anchor or anchor in anchors(path.read_text(encoding="utf-8"))), link
+            assert path.exists(), link
+            assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), link
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
@@ -2886,9 +2946,12 @@ def test_all_sections_that_a_script_names_exist(name):
 
 
 def test_theory_names_exist():
-    """Functions and tests that theory.md names in backquotes are defined in a script or in this file."""
-    code = "".join((HERE / f"{name}.py").read_text(encoding="utf-8") for name in [*TINY, "test_scripts"])
-    for name in re.findall(r"`([a-z][a-z_0-9]+)`", (HERE / "theory.md").read_text(encoding="utf-8")):
+    """Functions and tests that theory.md names are defined in a script or in this file."""
+    code = ""
+    for name in [*TINY, "test_scripts"]:
+        code += (HERE / f"{name}.py").read_text(encoding="utf-8")
+    theory = (HERE / "theory.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`([a-z][a-z_0-9]+)`", theory):
         assert re.search(rf"\b{name}\b", code), name
 
 
