@@ -12,6 +12,8 @@
     python ncsn_mnist.py                         # MNIST from openml.org, or else 8x8 digits
     python ncsn_mnist.py --data digits           # scikit-learn's 8x8 digits, about a minute
     python ncsn_mnist.py --load out_ncsn_mnist/model.pt --sampler ddim --outdir out_ddim
+    python ncsn_mnist.py --data_dir FOLDER --labels          # digits on demand; with --digit 7 only
+                                                             # sevens, --guidance 2: exaggerated
 
 The run on MNIST takes about 20 minutes on two cores, less where they have bfloat16, most of it for
 training (Python 3.11, torch 2.13.0). Its last line:
@@ -67,6 +69,8 @@ parser.add_argument("--data", default="auto", choices=["auto", "mnist", "digits"
                     help="auto: mnist (28x28), or else digits (8x8)")
 parser.add_argument("--data_dir",
                     help="folder of MNIST's IDX files, raw or .gz (None: from openml.org)")
+parser.add_argument("--labels", action="store_true",
+                    help="train with labels, one in five left out; sample i is of digit i %% 10")
 parser.add_argument("--net", default="resnet", choices=["resnet", "unet"],
                     help="resnet: after 001's network; unet: after 003's")
 parser.add_argument("--filters", type=number(int, 1, 1024),
@@ -94,6 +98,11 @@ parser.add_argument("--n_samples", type=number(int, 24, 10**6),
 parser.add_argument("--K", type=number(int, 1, 10**5), default=5, help="steps a level (ald)")
 parser.add_argument("--kappa", type=number(float, 1e-4, 1.9999), default=0.4,
                     help="Langevin step in units of 2 sigma^2 (ald, pc), below 2")
+parser.add_argument("--digit", type=number(int, 0, 9),
+                    help="all samples show this one (needs labels)")
+parser.add_argument("--guidance", type=number(float, 0, 100),
+                    help="w: how much the samplers exaggerate what the label changes in the score "
+                         "(needs labels; None: 0.2)")
 parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
                     help="auto: cuda where there is one")
 parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
@@ -105,6 +114,11 @@ parser.add_argument("--outdir", default="out_ncsn_mnist", help="folder for pictu
 in_notebook = "kernel_launcher" in sys.argv[0]      # there the command line is the kernel's
 args = parser.parse_args([] if in_notebook else None)
 checkpoint_path = os.path.join(args.outdir, "checkpoint.pt")
+for name in ["digit", "guidance"]:
+    value = getattr(args, name)
+    if value is not None and not (args.labels or args.load):
+        parser.error(f"argument --{name}: {value} needs --labels, or --load and weights that know "
+                     "labels")
 if args.load and args.resume:
     parser.error("argument --load: not allowed with argument --resume")
 if args.load and not os.path.isfile(args.load):
@@ -127,11 +141,12 @@ torch.manual_seed(args.seed)
 
 # %% Data
 # 60000 images of handwritten digits, 28x28 pixels, as numbers from -1 (black) to 1 (white), and
-# 10000 that are held out from training. Nothing here knows which digit an image shows.
-def read_idx(folder, name):
-    """The images (N, 28, 28), uint8, of one of MNIST's files.  ValueError if it is not whole.
+# 10000 that are held out from training. With --labels also which digits they show.
+def read_idx(folder, name, shape):
+    """The numbers (N, *shape), uint8, of one of MNIST's files.  ValueError if it is not whole.
 
-    It begins with 16 bytes, four numbers: 2051, N, 28, 28. Then come the pixels.
+    shape: (28, 28) in a file of images, () in one of labels. A file begins with whole numbers of
+    four bytes: 2051 for images or 2049 for labels, then N, then the shape. Then comes the rest.
     """
     path = os.path.join(folder, name)
     # torchvision puts them into MNIST/raw.
@@ -143,26 +158,39 @@ def read_idx(folder, name):
         raw = file.read()
     if path.endswith(".gz"):
         raw = gzip.decompress(raw)
-    magic, n, height, width = np.frombuffer(raw[:16].ljust(16), dtype=">i4").tolist()
-    is_mnist = magic == 2051 and n > 0 and height == 28 and width == 28
-    if not is_mnist or len(raw) != 16 + n * 784:
-        raise ValueError(f"{path} is not a whole file of 28x28 images: {len(raw)} bytes, "
-                         f"header {magic}, {n}, {height}, {width}")
-    return np.frombuffer(raw, dtype=np.uint8, offset=16).reshape(n, 28, 28)
+    start = 4 * (2 + len(shape))
+    header = np.frombuffer(raw[:start].ljust(start), dtype=">i4").tolist()
+    n = header[1]
+    expected = [2049 + len(shape), n, *shape]
+    if header != expected or n <= 0 or len(raw) != start + n * math.prod(shape):
+        kind = "28x28 images" if shape else "labels"
+        raise ValueError(f"{path} is not a whole file of {kind}: {len(raw)} bytes, "
+                         f"header {', '.join(map(str, header))}")
+    return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(n, *shape)
 
 
 def load_mnist(folder):
-    """Training and held-out images, uint8, (60000, 28, 28) and (10000, 28, 28)."""
+    """Training and held-out images, (60000, 28, 28) and (10000, 28, 28), and their labels."""
     if folder is not None:
-        return (read_idx(folder, "train-images-idx3-ubyte"),
-                read_idx(folder, "t10k-images-idx3-ubyte"))
+        train_pixels = read_idx(folder, "train-images-idx3-ubyte", (28, 28))
+        test_pixels = read_idx(folder, "t10k-images-idx3-ubyte", (28, 28))
+        if not args.labels:
+            return train_pixels, test_pixels, None, None
+        train_labels = read_idx(folder, "train-labels-idx1-ubyte", ())
+        test_labels = read_idx(folder, "t10k-labels-idx1-ubyte", ())
+        for pixels, labels in [(train_pixels, train_labels), (test_pixels, test_labels)]:
+            if len(labels) != len(pixels) or labels.max() > 9:
+                raise ValueError(f"{len(labels)} labels from 0 to {labels.max()} for "
+                                 f"{len(pixels)} images of ten digits")
+        return train_pixels, test_pixels, train_labels, test_labels
     socket.setdefaulttimeout(60)
     print("fetching MNIST from openml.org: 15 MB the first time, and reading it takes 30 s and "
           "1.2 GB of memory without pandas ...")
     reader = "auto" if importlib.util.find_spec("pandas") else "liac-arff"
     table = fetch_openml("mnist_784", version=1, as_frame=False, parser=reader)
     pixels = table.data.astype(np.uint8).reshape(70000, 28, 28)
-    return pixels[:60000], pixels[60000:]
+    labels = table.target.astype(np.uint8)
+    return pixels[:60000], pixels[60000:], labels[:60000], labels[60000:]
 
 
 def load_small_digits():
@@ -170,8 +198,10 @@ def load_small_digits():
 
     In the file they are sorted by writer.
     """
-    pixels = load_digits().images[np.random.default_rng(0).permutation(1797)]
-    return pixels[:1500], pixels[1500:]
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(1797)
+    pixels, labels = digits.images[order], digits.target[order]
+    return pixels[:1500], pixels[1500:], labels[:1500], labels[1500:]
 
 
 def to_images(pixels, white):
@@ -182,7 +212,7 @@ def to_images(pixels, white):
 dataset = args.data
 if dataset != "digits":
     try:
-        train_pixels, test_pixels = load_mnist(args.data_dir)
+        train_pixels, test_pixels, train_labels, test_labels = load_mnist(args.data_dir)
         dataset = "mnist"
     except Exception as error:                           # no network, a broken file, ...
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -198,22 +228,18 @@ if dataset == "mnist":
     if device.type == "cuda":
         defaults |= {"epochs": 40, "batch": 256}
 else:
-    train_pixels, test_pixels = load_small_digits()
+    train_pixels, test_pixels, train_labels, test_labels = load_small_digits()
     x_data, x_test = to_images(train_pixels, 16), to_images(test_pixels, 16)
     defaults = {"filters": 32, "epochs": 60, "batch": 128, "n_samples": 500}
+if args.labels:
+    labels = torch.tensor(train_labels, dtype=torch.long)                   # (60000,)
+    test_labels = torch.tensor(test_labels, dtype=torch.long)               # (10000,)
 for name, value in defaults.items():
     if getattr(args, name) is None:
         setattr(args, name, value)
 
 if args.batch > len(x_data):
     parser.error(f"argument --batch: {args.batch} is more than the {len(x_data)} training images")
-try:                                                     # all settings are right: make the folder
-    os.makedirs(args.outdir, exist_ok=True)
-except OSError as error:
-    parser.error(f"argument --outdir: cannot make {args.outdir} ({error.strerror})")
-if not os.access(args.outdir, os.W_OK):
-    parser.error(f"argument --outdir: cannot write to {args.outdir}")
-
 input_shape = tuple(x_data.shape[1:])                    # (1, 28, 28)
 mean, sigma_data = x_data.mean(), x_data.std()           # of all pixels
 print(f"{dataset}: images {tuple(x_data.shape)}, mean {mean:.3f}, standard deviation "
@@ -245,9 +271,12 @@ def start_small(convolution):
 
 
 class ConditionedResnetBlock(nn.Module):
-    """The homework's block: x (B, dim, H, W), level index y (B,) -> (B, dim, H, W)."""
+    """The homework's block: x (B, dim, H, W), level index y (B,) -> (B, dim, H, W).
 
-    def __init__(self, dim, num_embeddings):
+    With num_labels > 0 also label (B,), where the index num_labels means that there is none.
+    """
+
+    def __init__(self, dim, num_embeddings, num_labels=0):
         super().__init__()
         self.norm1 = nn.GroupNorm(1, dim)                # all channels of an image together
         self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
@@ -259,10 +288,15 @@ class ConditionedResnetBlock(nn.Module):
         angles = torch.linspace(0, 6, num_embeddings)[:, None] * torch.linspace(0.125, 1, 8)
         waves = torch.cat([angles.sin(), angles.cos()], dim=1)          # (num_embeddings, 16)
         self.embedding.weight.data = 0.07 * waves @ torch.randn(16, 2 * dim)
+        if num_labels > 0:
+            self.label_embedding = nn.Embedding(num_labels + 1, 2 * dim)
+            nn.init.zeros_(self.label_embedding.weight)
 
-    def forward(self, x, y):
-        level = self.embedding(y)[:, :, None, None]                     # (B, 2 dim, 1, 1)
-        scale, shift = level.chunk(2, dim=1)                            # (B, dim, 1, 1) each
+    def forward(self, x, y, label=None):
+        condition = self.embedding(y)                                   # (B, 2 dim)
+        if label is not None:
+            condition = condition + self.label_embedding(label)
+        scale, shift = condition[:, :, None, None].chunk(2, dim=1)      # (B, dim, 1, 1) each
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.norm2(h) * (1 + scale) + shift
         return x + self.conv2(F.silu(h))
@@ -272,40 +306,48 @@ class ConditionedSimpleResnet(nn.Module):
     """The homework's network: x (B, in_channels, H, W), level y (B,) -> (B, out_channels, H, W).
 
     y is an index. H and W are multiples of 4; names and comments here are for 28 pixels.
+    With num_labels > 0 it can be told labels (B,), too; num_labels itself, or None, means no label.
     """
 
-    def __init__(self, in_channels, out_channels, n_filters, n_blocks, num_embeddings):
+    def __init__(self, in_channels, out_channels, n_filters, n_blocks, num_embeddings,
+                 num_labels=0):
         super().__init__()
+        self.num_labels = num_labels
         n_outer = n_blocks // 4                          # of 8 blocks: 2, then 4 at 7x7, then 2
         self.first_block = nn.Conv2d(4 * in_channels, n_filters, 3, padding=1)
         self.blocks_14_down = nn.ModuleList()
         for _ in range(n_outer):
-            self.blocks_14_down.append(ConditionedResnetBlock(n_filters, num_embeddings))
+            block = ConditionedResnetBlock(n_filters, num_embeddings, num_labels)
+            self.blocks_14_down.append(block)
         self.down = nn.Conv2d(n_filters, 2 * n_filters, 2, stride=2)
         self.blocks_7 = nn.ModuleList()
         for _ in range(n_blocks - 2 * n_outer):
-            self.blocks_7.append(ConditionedResnetBlock(2 * n_filters, num_embeddings))
+            block = ConditionedResnetBlock(2 * n_filters, num_embeddings, num_labels)
+            self.blocks_7.append(block)
         self.up = nn.Conv2d(2 * n_filters, 4 * n_filters, 1)
         self.blocks_14_up = nn.ModuleList()
         for _ in range(n_outer):
-            self.blocks_14_up.append(ConditionedResnetBlock(n_filters, num_embeddings))
+            block = ConditionedResnetBlock(n_filters, num_embeddings, num_labels)
+            self.blocks_14_up.append(block)
         self.last_norm = nn.GroupNorm(1, n_filters)
         self.last_block = start_small(nn.Conv2d(n_filters, 4 * out_channels, 3, padding=1))
 
-    def forward(self, x, y):
+    def forward(self, x, y, label=None):
+        if self.num_labels > 0 and label is None:
+            label = torch.full_like(y, self.num_labels)
         # Each square of 2x2 pixels becomes four channels of one pixel.
         x = F.pixel_unshuffle(x, 2)                      # (B, 4 in_channels, 14, 14)
         x = self.first_block(x.contiguous(memory_format=torch.channels_last))     # faster on CPUs
         for block in self.blocks_14_down:
-            x = block(x, y)                              # (B, n_filters, 14, 14)
+            x = block(x, y, label)                              # (B, n_filters, 14, 14)
         h = self.down(x)
         for block in self.blocks_7:
-            h = block(h, y)                              # (B, 2 n_filters, 7, 7)
+            h = block(h, y, label)                              # (B, 2 n_filters, 7, 7)
         # The other way round: four channels of one pixel become a square of 2x2 pixels.
         h = F.pixel_shuffle(self.up(h), 2)               # (B, n_filters, 14, 14)
         x = x + h.contiguous(memory_format=torch.channels_last)
         for block in self.blocks_14_up:
-            x = block(x, y)
+            x = block(x, y, label)
         x = self.last_block(F.silu(self.last_norm(x)))   # (B, 4 out_channels, 14, 14)
         return F.pixel_shuffle(x, 2)                     # (B, out_channels, 28, 28)
 
@@ -316,7 +358,7 @@ class ConditionedSimpleResnet(nn.Module):
 # sigma_data, noisy ones would be one of total = sqrt(sigma^2 + sigma_data^2), with the score
 # -(noisy_x - mean)/total^2. The net answers what this misses, in a unit that fits the level.
 class PreconditionedScore(nn.Module):
-    """score_model(x, level index) -> score, from a net that sees and answers numbers of size 1.
+    """score_model(x, y, label=None) -> score, from a net that sees and answers numbers of size 1.
 
     Before training it answers nearly 0, and the score is nearly the first guess. bf16: compute in
     bfloat16. (Karras et al. write this for the denoiser x + sigma^2 s, with c_skip =
@@ -338,12 +380,12 @@ class PreconditionedScore(nn.Module):
         self.register_buffer("total", total)
         self.register_buffer("unit", sigma_data / (sigmas * total))
 
-    def forward(self, x, y):
+    def forward(self, x, y, label=None):
         total = self.total[y][:, None, None, None]       # (B, 1, 1, 1)
         unit = self.unit[y][:, None, None, None]
         scaled = (x - self.mean) / total
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            answer = self.net(scaled, y).float()
+            answer = self.net(scaled, y, label).float()
         return -scaled / total + unit * answer
 
 
@@ -384,8 +426,11 @@ class NoiseConditionedScoreNetwork(nn.Module):
     def device(self):
         return self.sigmas.device
 
-    def forward(self, x):
-        """weight_t (s(x + sigma_t eps, t) - target)^2 with target -eps/sigma_t, a loss a pixel."""
+    def forward(self, x, label=None):
+        """weight_t (s(x + sigma_t eps, t) - target)^2 with target -eps/sigma_t, a loss a pixel.
+
+        With labels (B,) the score_model is asked for s(x + sigma_t eps, t, label).
+        """
         t = torch.multinomial(self.probs, len(x), replacement=True)     # levels, (B,)
         one_each = [len(x)] + [1] * (x.dim() - 1)                       # (B, 1, 1, 1) for images
         sigma = self.sigmas[t].view(one_each)
@@ -393,11 +438,15 @@ class NoiseConditionedScoreNetwork(nn.Module):
         eps = torch.randn_like(x)
         noisy_x = x + sigma * eps
         target = -eps / sigma
-        return weight * (self.score_model(noisy_x, t) - target) ** 2
+        if label is None:
+            s = self.score_model(noisy_x, t)
+        else:
+            s = self.score_model(noisy_x, t, label)
+        return weight * (s - target) ** 2
 
-    def loss(self, x):
+    def loss(self, x, label=None):
         """The mean over the batch of the sum over pixels: a scalar in a dict."""
-        return {"total_loss": self(x).mean(dim=0).sum()}
+        return {"total_loss": self(x, label).mean(dim=0).sum()}
 
     @torch.no_grad()
     def annealed_langevin_dynamics(self, x, num_steps, eps):
@@ -474,15 +523,22 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """x (B, channels, H, W), level index y (B,) -> (B, channels, H, W); H and W multiples of 4."""
+    """x (B, channels, H, W), level index y (B,) -> (B, channels, H, W); H and W multiples of 4.
 
-    def __init__(self, channels, dim, n_blocks, sigmas, embed_dim=64):
+    num_labels and label (B,) as in ConditionedSimpleResnet.
+    """
+
+    def __init__(self, channels, dim, n_blocks, sigmas, num_labels=0, embed_dim=64):
         super().__init__()
+        self.num_labels = num_labels
         # 003 takes sin(2^k pi sigma), for which sigma = 2, 4 and 10 are all the same.
         angles = sigmas.log()[:, None] * torch.linspace(0.125, 2, 16)          # (T, 16)
         self.register_buffer("waves", torch.cat([angles.sin(), angles.cos()], dim=1))
         self.embed = nn.Sequential(nn.Linear(32, embed_dim), nn.SiLU(),
                                    nn.Linear(embed_dim, embed_dim), nn.SiLU())
+        if num_labels > 0:
+            self.label_embedding = nn.Embedding(num_labels + 1, embed_dim)
+            nn.init.zeros_(self.label_embedding.weight)
         n_outer = n_blocks // 4
         self.first_block = nn.Conv2d(4 * channels, dim, 3, padding=1)
         self.blocks_14_down = nn.ModuleList([ResBlock(dim, embed_dim) for _ in range(n_outer)])
@@ -496,8 +552,12 @@ class UNet(nn.Module):
         self.last_norm = nn.GroupNorm(1, dim)
         self.last_block = start_small(nn.Conv2d(dim, 4 * channels, 3, padding=1))
 
-    def forward(self, x, y):
+    def forward(self, x, y, label=None):
         embedding = self.embed(self.waves[y])            # (B, embed_dim)
+        if self.num_labels > 0:
+            if label is None:
+                label = torch.full_like(y, self.num_labels)
+            embedding = embedding + self.label_embedding(label)
         x = F.pixel_unshuffle(x, 2)                      # (B, 4 channels, 14, 14)
         x = self.first_block(x.contiguous(memory_format=torch.channels_last))
         for block in self.blocks_14_down:
@@ -563,8 +623,8 @@ class Muon(torch.optim.Optimizer):
 # next step depends, and the settings, so that nobody continues another run. (Nothing here is about
 # scores; skip it at first reading.)
 run_settings = {"data": dataset, "device": device.type}
-for name in ["net", "T", "sigma_min", "sigma_max", "filters", "blocks", "epochs", "batch", "lr",
-             "lr_muon", "seed"]:
+for name in ["labels", "net", "T", "sigma_min", "sigma_max", "filters", "blocks", "epochs", "batch",
+             "lr", "lr_muon", "seed"]:
     run_settings[name] = getattr(args, name)
 
 
@@ -597,8 +657,8 @@ def load_weights(flag, path, model, weights):
         model.load_state_dict(weights)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        parser.error(f"argument {flag}: {path} is of another --data, --net, --filters, --blocks "
-                     f"or --T ({reason})")
+        parser.error(f"argument {flag}: {path} is of another --data, --net, --filters, --blocks, "
+                     f"--T or --labels ({reason})")
     same_levels = torch.allclose(model.sigmas.cpu(), sigmas)
     same_mean = torch.allclose(model.score_model.mean.cpu(), mean, atol=1e-4)
     if not (same_levels and same_mean):
@@ -625,10 +685,22 @@ def resume(parts):
 
 # %% Training
 # Two optimizers, and an average of the weights, which will be used in the end.
+NO_LABEL = 10
+knows_labels = args.labels
+if args.load:                                            # then the weights decide
+    loaded_weights = read_file("--load", args.load)
+    knows_labels = any("label_embedding" in name for name in loaded_weights)
+    for name in ["labels", "digit", "guidance"]:
+        if getattr(args, name) not in [None, False] and not knows_labels:
+            parser.error(f"argument --{name}: the weights in {args.load} know no labels")
+if knows_labels and args.guidance is None:
+    args.guidance = 0.2
+num_labels = 10 if knows_labels else 0
+
 if args.net == "resnet":
-    net = ConditionedSimpleResnet(1, 1, args.filters, args.blocks, args.T)
+    net = ConditionedSimpleResnet(1, 1, args.filters, args.blocks, args.T, num_labels)
 else:
-    net = UNet(1, args.filters, args.blocks, sigmas)
+    net = UNet(1, args.filters, args.blocks, sigmas, num_labels)
 score_model = PreconditionedScore(net, sigmas, mean, sigma_data, bf16)
 model = NoiseConditionedScoreNetwork(score_model, input_shape, levels, weights, probs).to(device)
 
@@ -636,9 +708,10 @@ model = NoiseConditionedScoreNetwork(score_model, input_shape, levels, weights, 
 @torch.no_grad()
 def held_out_loss(model):
     """The loss on 512 held-out images, always with the same levels and noise: a number."""
+    label = test_labels[:512].to(device) if args.labels else None
     with torch.random.fork_rng():                        # the training goes on with its own noise
         torch.manual_seed(args.seed)
-        return model.loss(x_test[:512].to(device))["total_loss"].item()
+        return model.loss(x_test[:512].to(device), label)["total_loss"].item()
 
 
 def moving_average(old, new, n):
@@ -667,11 +740,17 @@ def rate(progress):
     return min(1, progress / 0.03) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def training_step(x, progress):
+def leave_out(label):
+    """One label in five becomes NO_LABEL: so the network learns the score without a label, too."""
+    left_out = torch.rand(len(label)) < 0.2
+    return label.masked_fill(left_out.to(label.device), NO_LABEL)
+
+
+def training_step(x, label, progress):
     """One step of both optimizers on the images x; progress runs from 0 to 1.  -> the loss"""
     muon.param_groups[0]["lr"] = args.lr_muon * rate(progress)
     adamw.param_groups[0]["lr"] = args.lr * rate(progress)
-    loss = model.loss(x)["total_loss"]
+    loss = model.loss(x, label)["total_loss"]
     model.zero_grad()
     loss.backward()
     muon.step()
@@ -685,10 +764,17 @@ steps = args.epochs * steps_per_epoch
 first_step = 0
 history = {"step": [], "loss": [], "held_out": []}
 if args.load:
-    load_weights("--load", args.load, model, read_file("--load", args.load))
+    load_weights("--load", args.load, model, loaded_weights)
     steps = 0
 if args.resume:
     first_step, history = resume(parts)
+try:                                                     # all settings are right: make the folder
+    os.makedirs(args.outdir, exist_ok=True)
+except OSError as error:
+    parser.error(f"argument --outdir: cannot make {args.outdir} ({error.strerror})")
+if not os.access(args.outdir, os.W_OK):
+    parser.error(f"argument --outdir: cannot write to {args.outdir}")
+
 
 x_data = x_data.to(device)
 interval = max(1, steps // 40)                           # steps between two checkpoints
@@ -706,7 +792,8 @@ try:
             order = torch.randperm(len(x_data), generator=generator)
         batch = order[i * args.batch:(i + 1) * args.batch]                  # which images
         x = x_data[batch.to(device)]
-        loss = training_step(x, (step + 0.5) / steps)
+        label = leave_out(labels[batch].to(device)) if args.labels else None
+        loss = training_step(x, label, (step + 0.5) / steps)
         steps_done = step + 1
         if steps_done % interval == 0 or steps_done == steps:
             held_out = held_out_loss(ema.module)
@@ -734,15 +821,28 @@ model.requires_grad_(False)                              # trained: no more grad
 # As in dsm_2d.py: a sampler takes a score, images x at the first level, and the levels (a list,
 # descending), and returns all states on the way, the last at sigma = 0. (Only the homework's is a
 # method of its class.)
-def score(x, sigma):
+def score(x, sigma, label=None):
     """The learned score of q_sigma, (B, 1, H, W), at the level nearest to the number sigma.
 
-    ValueError outside the levels.
+    With labels (B,), the score of the noisy images of these digits. ValueError outside the levels.
     """
     if not 0.999 * levels[-1] <= sigma <= 1.001 * levels[0]:
         raise ValueError(f"sigma = {sigma:g} is not between {levels[-1]:g} and {levels[0]:g}")
     nearest_level = np.abs(np.log(np.array(levels) / sigma)).argmin()
-    return score_model(x, torch.full((len(x),), nearest_level, device=x.device))
+    return score_model(x, torch.full((len(x),), nearest_level, device=x.device), label)
+
+
+# With labels there are two scores, and by Bayes' rule they differ by what a classifier would say:
+#     grad log q(x | label) = grad log q(x) + grad log q(label | x).
+# Guidance takes the last term 1 + w times. Then the samples are more surely of their digit, and
+# more alike. (It is the score of no noisy images; theory.md 11.2.)
+def guided_score(label, w):
+    """A score(x, sigma) for the samplers, of images with these labels (B,)."""
+    def score_with_label(x, sigma):
+        if w == 0:
+            return score(x, sigma, label)
+        return (1 + w) * score(x, sigma, label) - w * score(x, sigma)
+    return score_with_label
 
 
 def denoise(score, x, sigma):
@@ -810,30 +910,43 @@ def run_sampler(name, score, x, levels):
     if name == "ddim":
         return ancestral_sampling(score, x, levels, ddim=True)[-1]
     if name == "ald":
+        def score_by_index(x, y):                        # as the class wants it
+            return score(x, levels[y[0].item()])
+
         eps = 2 * args.kappa * levels[0] ** 2            # so that the step is kappa sigma^2 s
-        x = model.annealed_langevin_dynamics(x, args.K, eps)
+        ncsn = NoiseConditionedScoreNetwork(score_by_index, input_shape, levels)
+        x = ncsn.annealed_langevin_dynamics(x, args.K, eps)
         return denoise(score, x, levels[-1])
     return predictor_corrector(score, x, levels, args.kappa)[-1]
 
 
-# How often each calls the network.
-calls = {"ancestral": args.T, "ddim": args.T, "ald": args.K * args.T + 1, "pc": 2 * args.T}
-
-
-def generate(name, x, levels):
+def generate(name, x, levels, label=None, w=0):
     """Images (n, 1, H, W) from images x with the noise of levels[0]; 250 at a time save memory."""
     ends = []
-    for chunk in tqdm(x.split(250), desc=f"sampling ({name})", leave=False):
-        ends.append(run_sampler(name, score, chunk.to(device), levels).cpu())
+    for i in tqdm(range(0, len(x), 250), desc=f"sampling ({name})", leave=False):
+        chunk = x[i:i + 250].to(device)
+        chunk_score = score if label is None else guided_score(label[i:i + 250].to(device), w)
+        ends.append(run_sampler(name, chunk_score, chunk, levels).cpu())
     return torch.cat(ends)
 
+
+# How often each calls the network. With guidance, twice as often.
+calls = {"ancestral": args.T, "ddim": args.T, "ald": args.K * args.T + 1, "pc": 2 * args.T}
+if args.guidance:
+    calls = {name: 2 * number_of_calls for name, number_of_calls in calls.items()}
+
+asked = None                                             # the digits that are asked for
+if knows_labels:
+    asked = torch.arange(args.n_samples) % 10
+    if args.digit is not None:
+        asked = torch.full((args.n_samples,), args.digit)
 
 torch.manual_seed(args.seed + 1)                         # the same noise after --load and --resume
 # At sigma_max the noisy images are nearly one Gaussian, with this spread.
 start_noise = torch.randn(args.n_samples, *input_shape)
 start = mean + math.hypot(levels[0], sigma_data) * start_noise
 started = time.time()
-samples = generate(args.sampler, start, levels)          # (n_samples, 1, H, W)
+samples = generate(args.sampler, start, levels, asked, args.guidance)       # (n_samples, 1, H, W)
 sample_s = time.time() - started
 if not torch.isfinite(samples).all():
     sys.exit(f"--sampler {args.sampler}: pixels are not finite; train longer")
@@ -845,15 +958,15 @@ np.save(os.path.join(args.outdir, "samples.npy"), samples.numpy())
 # No exact score is known for digits. So the loss stands beside that of the best linear denoiser,
 # and the samples beside images that were held out. The loss of a score is the error of its denoiser
 # D = x + sigma eps + sigma^2 s, in units of sigma:  |D - x|^2 / sigma^2 = |sigma s + eps|^2.
-def network_losses(x):
+def network_losses(x, label=None):
     """sigma^2/2 |s(x + sigma eps) + eps/sigma|^2 of the network, a mean over images x: (T,).
 
-    (With the 1/2 of the other scripts.)
+    label: that of the images, (B,), or None. (With the 1/2 of the other scripts.)
     """
     losses = []
     for sigma in levels:
         eps = torch.randn_like(x)
-        error = sigma * score(x + sigma * eps, sigma) + eps
+        error = sigma * score(x + sigma * eps, sigma, label) + eps
         losses.append(error.square().flatten(1).sum(dim=1).mean().item() / 2)
     return np.array(losses)
 
@@ -885,7 +998,8 @@ def nearest(x, k=1):
     return distances.topk(k, largest=False)
 
 
-learned = network_losses(x_test[:250].to(device))
+held_out_label = test_labels[:250].to(device) if args.labels else None
+learned = network_losses(x_test[:250].to(device), held_out_label)
 linear = linear_losses(x_test[:250])
 loss_vs_linear = np.exp(np.log(learned / linear).mean()).item()           # a geometric mean
 nn_samples = nearest(samples[:200])[0].median().item()
@@ -902,6 +1016,15 @@ summary = {"data": dataset, "seed": args.seed, "net": args.net,
            "calls": calls[args.sampler], "loss_vs_linear": round(loss_vs_linear, 4),
            "nn_samples": round(nn_samples, 2), "nn_real": round(nn_real, 2),
            "train_s": round(train_s, 1), "sample_s": round(sample_s, 1)}
+if args.labels:
+    # Is a sample what was asked for? It is read as the digit that its nearest neighbour shows.
+    read = labels[nearest(samples[:500])[1][:, 0].cpu()]                    # (500,)
+    read_as_asked = (read == asked[:500]).float().mean().item()
+    real_read = labels[nearest(x_test[:500])[1][:, 0].cpu()]
+    real_as_labelled = (real_read == test_labels[:500]).float().mean().item()
+    print(f"read as the digit asked for: {read_as_asked:.1%} of the samples (good: 95 %; held-out "
+          f"images, as their label: {real_as_labelled:.1%})")
+    summary |= {"guidance": args.guidance, "read_as_asked": round(read_as_asked, 3)}
 with open(os.path.join(args.outdir, "summary.json"), "w") as file:
     json.dump({"settings": vars(args), "levels": levels, "network": learned.tolist(),
                "linear": linear.tolist(), "figures": summary}, file, indent=1)
@@ -939,7 +1062,8 @@ for ax, images, name in zip(axs, [samples, x_test], names):
 fig.savefig(os.path.join(args.outdir, "samples.png"))
 
 # From noise to digits, by ancestral sampling: a strip, and a movie whose last frame is held.
-path = ancestral_sampling(score, start[:24].to(device), levels)
+path_score = score if asked is None else guided_score(asked[:24].to(device), args.guidance)
+path = ancestral_sampling(path_score, start[:24].to(device), levels)
 all_levels = levels + [0.0]
 path = [(x / max(1, sigma)).cpu() for x, sigma in zip(path, all_levels)]  # or noise is too bright
 shown = np.linspace(0, args.T, 10).round().astype(int)
@@ -981,8 +1105,9 @@ fig.savefig(os.path.join(args.outdir, "training.png"))
 # All four from the same noise. Their cost is the number of calls of the network.
 rows = []
 row_names = []
+label = None if asked is None else asked[:20]
 for name in calls:
-    rows.append(generate(name, start[:20], levels))
+    rows.append(generate(name, start[:20], levels, label, args.guidance))
     row_names.append(f"{name}, {calls[name]}")
 fig, ax = plt.subplots(figsize=(10, 2.8))
 draw_images(ax, torch.stack(rows), "One network, four samplers (and their calls of it)",
@@ -1041,6 +1166,38 @@ draw_images(axs[0], torch.stack(rows), "Between two real digits (at the ends): m
 draw_images(axs[1], torch.stack(columns, dim=1), "A real digit, noised to the level that is "
             "written below, and brought back: more noise, more freedom", column_names=column_names)
 fig.savefig(os.path.join(args.outdir, "interpolation.png"))
+
+
+# %% Extra: digits on demand?
+# The same noise for three strengths of the guidance: without it a label is a strong hint that some
+# samples miss; a little of it makes nearly all of them what was asked for; much of it makes them
+# all alike. The spread is the variance of a digit's pixels, summed, divided by that of real ones.
+def pixel_variance(images, label):
+    """The variance of a pixel among images (n, 1, H, W) of one digit, a mean over all: a number."""
+    total = 0
+    for digit in range(10):
+        total += images[label == digit].flatten(1).var(dim=0).mean().item()
+    return total / 10
+
+
+if args.labels:
+    per_digit = 20
+    label = torch.arange(10 * per_digit) % 10
+    noise = torch.randn(len(label), *input_shape)
+    x = mean + math.hypot(levels[0], sigma_data) * noise
+    fig, axs = plt.subplots(1, 3, figsize=(10, 4.4))
+    print("\n guidance    read as asked    spread / real")
+    for ax, w in zip(axs, [0.0, args.guidance, 3.0]):
+        images = generate("ancestral", x, levels, label, w).clamp(-1, 1)
+        read = labels[nearest(images)[1][:, 0].cpu()]
+        share = (read == label).float().mean().item()
+        spread = pixel_variance(images, label) / pixel_variance(x_data.cpu(), labels)
+        print(f"{w:9g} {share:16.1%} {spread:16.2f}")
+        rows = images.unflatten(0, (per_digit, 10)).transpose(0, 1)         # one for each digit
+        draw_images(ax, rows[:, :8], f"w = {w:g}: {share:.0%} as asked, spread {spread:.2f}",
+                    row_names=[str(digit) for digit in range(10)])
+    fig.suptitle("Digits on demand: the same noise, w times more of what the label changes")
+    fig.savefig(os.path.join(args.outdir, "digits_on_demand.png"))
 
 
 # %% Result

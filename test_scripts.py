@@ -81,7 +81,9 @@ BAD = {   # settings to be refused in a message with the first flag and its valu
                    "--sigma_min nan", "--sigma_max 0.5", "--sigma_max inf", "--filters 0",
                    "--blocks 0", "--epochs 0", "--batch 0", "--batch 1501", "--lr 0", "--lr nan",
                    "--lr_muon 0", "--lr_muon 2", "--K 0", "--kappa 0", "--kappa 2",
-                   "--n_samples 23", "--seed -1", "--load nowhere.pt"],
+                   "--n_samples 23", "--seed -1", "--load nowhere.pt", "--digit 7",
+                   "--guidance 1", "--digit 10 --labels", "--guidance -1 --labels",
+                   "--guidance nan --labels"],
     "sliced_sm": ["--n 9", "--dim 0", "--dim two", "--n_slices 0", "--n_slices -3", "--h 0",
                   "--h -0.1", "--h nan", "--sigma 0", "--sigma inf", "--hidden 0", "--layers 0",
                   "--steps 0", "--batch 0", "--batch 301", "--lr nan", "--d_max 1", "--K 0",
@@ -3354,7 +3356,7 @@ class Recorder(torch.nn.Module):
         self.layer = torch.nn.Conv2d(1, 1, 1, bias=False)
         torch.nn.init.constant_(self.layer.weight, 2.0)
 
-    def forward(self, x, y):
+    def forward(self, x, y, label):
         answer = self.layer(x)
         self.seen = x, y, answer
         return answer
@@ -3493,7 +3495,7 @@ def test_ncsn_mnist_training_step_is_one_of_each_optimizer(unet):
     torch.manual_seed(1)
     expected = unet.model.loss(unet.x_data[:50])["total_loss"].item()
     torch.manual_seed(1)
-    assert unet.training_step(unet.x_data[:50], 0.5) == pytest.approx(expected)
+    assert unet.training_step(unet.x_data[:50], None, 0.5) == pytest.approx(expected)
     unet.model.requires_grad_(False)
     for old, new in zip(before, unet.model.parameters()):
         assert (old != new).any()
@@ -3700,7 +3702,8 @@ def refused(flag, flags, outdir, capsys):
     ("--seed 1", "--seed 0, this one 1"), ("--T 7", "--T 6, this one 7"),
     ("--epochs 3", "--epochs 2, this one 3"), ("--filters 8", "--filters 4, this one 8"),
     ("--sigma_max 5", "--sigma_max 10, this one 5"), ("--batch 100", "--batch 250, this one 100"),
-    ("--blocks 1", "--blocks 4, this one 1"), ("--lr_muon 0.1", "--lr_muon 0.02, this one 0.1")])
+    ("--blocks 1", "--blocks 4, this one 1"), ("--lr_muon 0.1", "--lr_muon 0.02, this one 0.1"),
+    ("--labels", "--labels False, this one True")])
 def test_ncsn_mnist_resume_with_other_settings(ncsn_mnist, flags, reason, capsys):
     """--resume goes on with the run's own settings only, and names the one that differs."""
     assert reason in refused("--resume", "--resume " + flags, ncsn_mnist.args.outdir, capsys)
@@ -3813,18 +3816,12 @@ def test_ncsn_mnist_run_sampler_ends_where_the_states_do(ncsn_mnist, name):
 def test_ncsn_mnist_8_4_ald_is_the_homeworks_and_a_denoising_step(ncsn_mnist, v):
     """Its end has the variance of theory.md 8.4 with the script's K and kappa."""
     sigmas = [3.0, 2.0, 1.0, 0.6, 0.2]
-
-    def exact_score(x, y):
-        return -x / (v + ncsn.sigmas[y].square()[:, None])
-
-    ncsn = ncsn_mnist.NoiseConditionedScoreNetwork(exact_score, (1,), sigmas).double()
     u = 16.0
     for sigma in sigmas:
         u = after_langevin(u, sigma, v, ncsn_mnist.args.kappa, ncsn_mnist.args.K)
     u *= (v / (sigmas[-1] ** 2 + v)) ** 2
     x = 4 * normal(20000, 1, seed=1)
-    with mock.patch.dict(ncsn_mnist.generate.__globals__, model=ncsn):
-        end = ncsn_mnist.run_sampler("ald", gaussian(v), x, sigmas)
+    end = ncsn_mnist.run_sampler("ald", gaussian(v), x, sigmas)
     assert end.square().mean().item() == pytest.approx(u, rel=0.04, abs=1e-12)
 
 
@@ -3923,7 +3920,7 @@ def test_ncsn_mnist_network_losses_are_those_of_its_score(ncsn_mnist):
 def test_ncsn_mnist_network_losses_of_the_exact_score(ncsn_mnist):
     """On N(0, v I) the loss at sigma is d/2 v/(v + sigma^2)."""
     x = math.sqrt(0.5) * torch.randn(4000, 1, 4, 4)
-    with mock.patch.dict(ncsn_mnist.generate.__globals__, score=gaussian(0.5)):
+    with mock.patch.dict(ncsn_mnist.generate.__globals__, score=gaussians(0.5, 0.5)):
         losses = ncsn_mnist.network_losses(x)
     expected = [8 * 0.5 / (0.5 + sigma**2) for sigma in ncsn_mnist.levels]
     assert losses == pytest.approx(expected, rel=0.04)
@@ -4110,7 +4107,7 @@ def test_ncsn_mnist_broken_idx_files(ncsn_mnist, kind, tmp_path, capsys):
         file.write_bytes(WRONG_IDX[kind])
     if not end:
         with pytest.raises((ValueError, FileNotFoundError), match="train-images-idx3-ubyte"):
-            ncsn_mnist.read_idx(tmp_path / "mnist", "train-images-idx3-ubyte")
+            ncsn_mnist.read_idx(tmp_path / "mnist", "train-images-idx3-ubyte", (28, 28))
     for data in ["auto", "mnist"]:
         flags = f"--data {data} --data_dir {tmp_path}/mnist"
         assert str(tmp_path / "mnist") in refused("--data_dir", flags, tmp_path / "out", capsys)
@@ -4128,14 +4125,17 @@ def test_ncsn_mnist_openml(ncsn_mnist, pandas, reader):
     table = np.zeros((70000, 784), np.uint8)
     table[5, 30] = 200
     table[60007, 783] = 100
-    fetch = mock.Mock(return_value=SimpleNamespace(data=table))
+    digits = np.full(70000, "7", dtype=object)   # openml's labels are strings
+    digits[60007] = "3"
+    fetch = mock.Mock(return_value=SimpleNamespace(data=table, target=digits))
     with (mock.patch.dict(ncsn_mnist.load_mnist.__globals__, fetch_openml=fetch),
           mock.patch("importlib.util.find_spec", return_value=pandas),
           mock.patch("socket.setdefaulttimeout")):
-        train, test = ncsn_mnist.load_mnist(None)
+        train, test, train_labels, test_labels = ncsn_mnist.load_mnist(None)
     fetch.assert_called_once_with("mnist_784", version=1, as_frame=False, parser=reader)
     assert train.shape == (60000, 28, 28) and test.shape == (10000, 28, 28)
     assert train.dtype == np.uint8 and train[5, 1, 2] == 200 and test[7, 27, 27] == 100
+    assert (train_labels == 7).all() and test_labels[7] == 3 and len(test_labels) == 10000
 
 
 @pytest.mark.parametrize("error", [OSError("no route\nto host"), TimeoutError(),
@@ -4174,3 +4174,232 @@ def test_ncsn_mnist_digits(ncsn_mnist):
     assert sorted_rows(ours) == sorted_rows(images) and len(ncsn_mnist.x_test) == 297
     place = torch.cdist(ncsn_mnist.x_test.flatten(1), images.flatten(1)).argmin(1)
     assert place.double().mean().item() == pytest.approx(898, abs=4 * 519 / math.sqrt(297))
+
+
+# %% ncsn_mnist.py: labels and guidance
+@pytest.fixture(scope="session")
+def labelled():
+    return run_whole("ncsn_mnist", "--labels --guidance 0.5")
+
+
+def gaussians(a, b):
+    """A stand-in for score: that of N(0, a) with a label, without one that of N(0, b)."""
+    def score(x, sigma, label=None):
+        return gaussian(b if label is None else a)(x, sigma)
+    return score
+
+
+@pytest.mark.parametrize("w", [-1, 0, 0.5, 3])
+def test_ncsn_mnist_11_2_guided_score(ncsn_mnist, w):
+    """(1 + w) times the score with a label minus w times that without: w = -1 forgets it."""
+    x, label = normal(20, 1), torch.zeros(20)
+    with mock.patch.dict(ncsn_mnist.generate.__globals__, score=gaussians(1.0, 4.0)):
+        guided = ncsn_mnist.guided_score(label, w)(x, 2.0)
+    close(guided, -(1 + w) * x / (1 + 4) + w * x / (4 + 4))
+
+
+@pytest.mark.parametrize("w", [0, 0.5, 2])
+def test_ncsn_mnist_11_2_guided_flow_is_narrower_than_the_class(ncsn_mnist, w):
+    """From N(0, V + sigma^2) the flow of N(0, a) against N(0, b) ends near a^(1+w)/b^w."""
+    a, b, sigmas = 1.0, 4.0, np.geomspace(100, 0.01, 1000).tolist()
+    with mock.patch.dict(ncsn_mnist.generate.__globals__, score=gaussians(a, b)):
+        x = torch.full((1, 1), 100.0, dtype=torch.float64)   # a deviation of 100, one of sigma_max
+        end = ncsn_mnist.generate("ddim", x, sigmas, torch.zeros(1), w)
+    assert end.item() ** 2 == pytest.approx(a ** (1 + w) / b**w, rel=0.02)
+
+
+def test_ncsn_mnist_generate_gives_each_image_its_label(ncsn_mnist):
+    """Also in pieces of 250; without labels there is no guidance."""
+    def score(x, sigma, label):
+        return (label[:, None] - x) / sigma**2   # the clean image is the label
+
+    label = torch.arange(300.0)
+    with mock.patch.dict(ncsn_mnist.generate.__globals__, score=score):
+        images = ncsn_mnist.generate("ancestral", normal(300, 1), [2.0, 1.0], label, 0)
+    close(images[:, 0].float(), label, rtol=1e-4, atol=1e-4)
+
+
+def test_ncsn_mnist_one_label_in_five_is_left_out(ncsn_mnist):
+    label = torch.arange(20000) % 10
+    ours = ncsn_mnist.leave_out(label)
+    left_out = ours == ncsn_mnist.NO_LABEL
+    assert left_out.sum().item() == pytest.approx(4000, abs=4 * math.sqrt(20000 * 0.16))
+    assert torch.equal(ours[~left_out], label[~left_out])
+    assert torch.equal(label, torch.arange(20000) % 10)
+
+
+def labelled_network(script, kind):
+    if kind == "unet":
+        return script.UNet(1, 8, 4, torch.tensor([3.0, 1.0, 0.1]), num_labels=2)
+    return script.ConditionedSimpleResnet(1, 1, 8, 4, 3, num_labels=2)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_ncsn_mnist_networks_learn_what_a_label_means(ncsn_mnist, kind):
+    """Fresh ones know no difference; the last index is what no label means."""
+    net = labelled_network(ncsn_mnist, kind)
+    x, y = torch.randn(1, 1, 8, 8).expand(3, -1, -1, -1), torch.zeros(3, dtype=torch.long)
+    label = torch.arange(3)
+    close(net(x, y, label), net(x, y), rtol=1e-5, atol=1e-6)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    wanted = torch.tensor([-1.0, 1.0, 0.0])[:, None, None, None]
+    for _ in range(60):
+        optimizer.zero_grad()
+        (net(x, y, label) - wanted).square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(net(x, y, label).mean((1, 2, 3)), wanted.flatten(), rtol=0, atol=0.2)
+    close(net(x, y), net(x, y, torch.full((3,), 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_ncsn_mnist_class_hands_labels_to_its_network(homework):
+    """Without labels the network is called as the homework calls it."""
+    seen = []
+
+    def score_model(*inputs):
+        seen.append(inputs)
+        return torch.zeros_like(inputs[0])
+
+    ncsn = homework.NoiseConditionedScoreNetwork(score_model, (2,), [2.0, 1.0])
+    x, label = torch.randn(5, 2), torch.arange(5)
+    ncsn.loss(x, label)
+    ncsn.loss(x)
+    assert [len(inputs) for inputs in seen] == [3, 2] and torch.equal(seen[0][2], label)
+
+
+def test_ncsn_mnist_samples_are_of_the_digits_asked_for(labelled):
+    """Sample i of the digit i mod 10, with the guidance of the settings, two calls a level."""
+    assert labelled.asked.tolist() == [i % 10 for i in range(24)]
+    torch.manual_seed(1)
+    torch.randn(24, 1, 8, 8)   # the start
+    samples = labelled.generate("pc", labelled.start, labelled.levels, labelled.asked, 0.5)
+    close(labelled.samples, samples.clamp(-1, 1), rtol=0, atol=0)
+    assert labelled.calls["pc"] == 2 * 2 * 6 and labelled.summary["calls"] == 24
+    assert labelled.summary["guidance"] == 0.5
+
+
+@pytest.mark.parametrize("w", [0, 0.5])
+def test_ncsn_mnist_calls_with_guidance_are_two_for_each(labelled, w):
+    seen = []
+
+    def keep(module, inputs, output):
+        seen.append(inputs)
+
+    with labelled.score_model.register_forward_hook(keep):
+        labelled.generate("ddim", labelled.start[:2], labelled.levels, labelled.asked[:2], w)
+    assert len(seen) == (labelled.calls["ddim"] if w else 6)
+    assert torch.equal(seen[0][2], torch.arange(2))
+
+
+def test_ncsn_mnist_labelled_run_says_how_many_are_read_as_asked(labelled):
+    """By the label of the training image that is nearest."""
+    distances = torch.cdist(labelled.samples.flatten(1), labelled.x_data.flatten(1))
+    read = labelled.labels[distances.argmin(1)]
+    share = (read == torch.arange(24) % 10).double().mean().item()
+    assert labelled.summary["read_as_asked"] == round(share, 3)
+    assert f"read as the digit asked for: {share:.1%} of the samples" in labelled.printed
+    distances = torch.cdist(labelled.x_test.flatten(1), labelled.x_data.flatten(1))
+    read = labelled.labels[distances.argmin(1)]
+    real = (read == labelled.test_labels).double().mean().item()
+    assert real > 0.95 and f"as their label: {real:.1%})" in labelled.printed
+
+
+def test_ncsn_mnist_labels_stay_with_their_images(labelled):
+    bunch = load_digits()
+    images = torch.tensor(bunch.images / 8 - 1).float().flatten(1)
+    for x, label in [(labelled.x_data, labelled.labels), (labelled.x_test, labelled.test_labels)]:
+        place = torch.cdist(x.flatten(1), images).argmin(1)
+        assert torch.equal(label, torch.tensor(bunch.target)[place])
+
+
+def test_ncsn_mnist_batches_have_their_own_labels(tmp_path):
+    """Each image of a batch comes with its label, or with none."""
+    seen = []
+    line = "        loss = training_step("
+    text = cells("ncsn_mnist", "Sampling").replace(line, "        seen.append((x, label))\n" + line)
+    text = text.replace("# %% Training", "# %% Training\nseen = []")
+    script = execute("ncsn_mnist", text, "--labels", tmp_path)
+    seen = script.seen
+    assert len(seen) == 12
+    for x, label in seen:
+        place = torch.cdist(x.flatten(1), script.x_data.flatten(1)).argmin(1)
+        told = label != 10
+        assert torch.equal(label[told], script.labels[place][told])
+        assert told.double().mean().item() == pytest.approx(0.8, abs=4 * 0.4 / math.sqrt(250))
+
+
+def test_ncsn_mnist_held_out_losses_know_the_true_labels(labelled):
+    """Those of the training and those of the table."""
+    seen = []
+
+    def keep(module, inputs, output):
+        seen.append(inputs[2])
+
+    with labelled.score_model.register_forward_hook(keep):
+        labelled.held_out_loss(labelled.model)
+        labelled.network_losses(labelled.x_test[:250], labelled.test_labels[:250])
+    assert torch.equal(seen[0], labelled.test_labels)   # there are fewer than 512
+    assert len(seen) == 1 + 6 and torch.equal(seen[1], labelled.test_labels[:250])
+    torch.testing.assert_close(labelled.held_out_label, labelled.test_labels[:250])
+
+
+def test_ncsn_mnist_extra_shows_digits_on_demand(labelled):
+    """The last row of its table, that of w = 3; the spread is 1 for real digits."""
+    x, label = labelled.x_data, labelled.labels
+    read = label[torch.cdist(labelled.images.flatten(1), x.flatten(1)).argmin(1)]
+    share = (read == torch.arange(200) % 10).double().mean().item()
+    spreads = [0, 0]
+    for i, (images, digits) in enumerate([(labelled.images, labelled.label), (x, label)]):
+        for digit in range(10):
+            spreads[i] += np.var(images[digits == digit].numpy(), axis=0, ddof=1).mean() / 10
+    row = [line.split() for line in labelled.printed.splitlines() if "read as asked" in line
+           or line.startswith("        3 ")][-1]
+    assert row == ["3", f"{share:.1%}", f"{spreads[0] / spreads[1]:.2f}"]
+    pixels = plt.imread(Path(labelled.args.outdir) / "digits_on_demand.png")
+    assert pixels.std() > 0.1
+
+
+@pytest.mark.parametrize("flags, digits", [("", range(10)), ("--digit 7", [7])])
+def test_ncsn_mnist_load_of_weights_that_know_labels(labelled, flags, digits, capsys):
+    """They decide: no --labels is needed, and without it no label file."""
+    script = run("ncsn_mnist", f"--load {labelled.args.outdir}/model.pt --guidance 0.5 {flags}",
+                 "Pictures")
+    assert set(script.asked.tolist()) == set(digits)
+    assert torch.equal(script.samples, labelled.samples) == (flags == "")
+    assert "read as the digit" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--labels", "--digit 3", "--guidance 1"])
+def test_ncsn_mnist_load_of_weights_that_know_no_labels(ncsn_mnist, flags, tmp_path, capsys):
+    line = refused(flags.split()[0], f"--load {ncsn_mnist.args.outdir}/model.pt {flags}",
+                   tmp_path / "out", capsys)
+    assert "know no labels" in line and not (tmp_path / "out").exists()
+
+
+LABELS = {"train-labels-idx1-ubyte": 5, "t10k-labels-idx1-ubyte": 3}
+
+
+def idx_labels(digits, magic=2049):
+    return np.array([magic, len(digits)], ">i4").tobytes() + bytes(digits)
+
+
+def test_ncsn_mnist_label_files(tmp_path):
+    mnist_folder(tmp_path / "data")
+    for name, n in LABELS.items():
+        (tmp_path / "data" / name).write_bytes(idx_labels(range(n)))
+    script = run("ncsn_mnist", f"--data mnist --batch 2 --data_dir {tmp_path}/data --labels",
+                 "Model", tmp_path / "out")
+    assert script.labels.tolist() == [0, 1, 2, 3, 4] and script.test_labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("wrong", [None, b"", idx_labels(range(4)), idx_labels([1, 2, 3, 4, 10]),
+                                   idx_labels(range(5))[:-1], idx_labels(range(5), 2051)])
+def test_ncsn_mnist_broken_label_files(wrong, tmp_path, capsys):
+    """Missing, empty, too few, no digits, cut, of images: refused with --labels, else not read."""
+    mnist_folder(tmp_path / "data")
+    (tmp_path / "data" / "t10k-labels-idx1-ubyte").write_bytes(idx_labels(range(3)))
+    if wrong is not None:
+        (tmp_path / "data" / "train-labels-idx1-ubyte").write_bytes(wrong)
+    flags = f"--data mnist --batch 2 --data_dir {tmp_path}/data"
+    refused("--data_dir", flags + " --labels", tmp_path / "out", capsys)
+    assert not (tmp_path / "out").exists()
+    assert len(run("ncsn_mnist", flags, "Model", tmp_path / "out").x_data) == 5
