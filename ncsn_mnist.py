@@ -257,7 +257,8 @@ sigmas = torch.tensor(levels)                                               # (T
 # %% Model
 # The homework's network, changed where it helps. It works at a half and at a quarter of the
 # resolution, where it is cheap and a 3x3 convolution sees more of the digit. It normalises. The
-# level does not only shift the features but scales them, too (FiLM in 003).
+# level does not only shift the features but scales them, too (FiLM in 003). With --labels the digit
+# is told in the same way as the level.
 #
 #     28x28 -> 14x14 -> blocks ----------------------------- + -> blocks -> 14x14 -> 28x28
 #                          |                                 |
@@ -339,10 +340,10 @@ class ConditionedSimpleResnet(nn.Module):
         x = F.pixel_unshuffle(x, 2)                      # (B, 4 in_channels, 14, 14)
         x = self.first_block(x.contiguous(memory_format=torch.channels_last))     # faster on CPUs
         for block in self.blocks_14_down:
-            x = block(x, y, label)                              # (B, n_filters, 14, 14)
+            x = block(x, y, label)                       # (B, n_filters, 14, 14)
         h = self.down(x)
         for block in self.blocks_7:
-            h = block(h, y, label)                              # (B, 2 n_filters, 7, 7)
+            h = block(h, y, label)                       # (B, 2 n_filters, 7, 7)
         # The other way round: four channels of one pixel become a square of 2x2 pixels.
         h = F.pixel_shuffle(self.up(h), 2)               # (B, n_filters, 14, 14)
         x = x + h.contiguous(memory_format=torch.channels_last)
@@ -741,7 +742,7 @@ def rate(progress):
 
 
 def leave_out(label):
-    """One label in five becomes NO_LABEL: so the network learns the score without a label, too."""
+    """One label in five becomes NO_LABEL: so the network also learns the score of all digits."""
     left_out = torch.rand(len(label)) < 0.2
     return label.masked_fill(left_out.to(label.device), NO_LABEL)
 
@@ -792,7 +793,9 @@ try:
             order = torch.randperm(len(x_data), generator=generator)
         batch = order[i * args.batch:(i + 1) * args.batch]                  # which images
         x = x_data[batch.to(device)]
-        label = leave_out(labels[batch].to(device)) if args.labels else None
+        label = None
+        if args.labels:
+            label = leave_out(labels[batch].to(device))
         loss = training_step(x, label, (step + 0.5) / steps)
         steps_done = step + 1
         if steps_done % interval == 0 or steps_done == steps:
@@ -832,12 +835,13 @@ def score(x, sigma, label=None):
     return score_model(x, torch.full((len(x),), nearest_level, device=x.device), label)
 
 
-# With labels there are two scores, and by Bayes' rule they differ by what a classifier would say:
-#     grad log q(x | label) = grad log q(x) + grad log q(label | x).
-# Guidance takes the last term 1 + w times. Then the samples are more surely of their digit, and
-# more alike. (It is the score of no noisy images; theory.md 11.2.)
+# With labels the network knows two scores, that of a digit and that of all. By Bayes' rule
+#     grad log q(x | label) = grad log q(x) + grad log q(label | x),
+# so their difference points to where the label is more probable. (Classifier-free) guidance takes
+# it 1 + w times. With w > 0 the samples are more surely of their digit, and more alike. (What it
+# gives is no longer the score of any noisy images; theory.md 11.2, 003 4.7.3.)
 def guided_score(label, w):
-    """A score(x, sigma) for the samplers, of images with these labels (B,)."""
+    """The function score(x, sigma) of images with these labels (B,), as samplers take it."""
     def score_with_label(x, sigma):
         if w == 0:
             return score(x, sigma, label)
@@ -1057,6 +1061,8 @@ def level_name(sigma):
 side = min(10, math.isqrt(args.n_samples))
 fig, axs = plt.subplots(1, 2, figsize=(10, 5.3))
 names = [f"samples ({args.sampler})", "held-out digits"]
+if knows_labels and args.digit is None:
+    names[0] += ", a column for each digit"
 for ax, images, name in zip(axs, [samples, x_test], names):
     draw_images(ax, images[:side**2].unflatten(0, (side, side)), name)
 fig.savefig(os.path.join(args.outdir, "samples.png"))
@@ -1169,11 +1175,10 @@ fig.savefig(os.path.join(args.outdir, "interpolation.png"))
 
 
 # %% Extra: digits on demand?
-# The same noise for three strengths of the guidance: without it a label is a strong hint that some
-# samples miss; a little of it makes nearly all of them what was asked for; much of it makes them
-# all alike. The spread is the variance of a digit's pixels, summed, divided by that of real ones.
+# Three strengths of guidance from the same noise. Without it some samples miss the digit that was
+# asked for; with a little nearly all are it; with much they are all alike. (With --labels only.)
 def pixel_variance(images, label):
-    """The variance of a pixel among images (n, 1, H, W) of one digit, a mean over all: a number."""
+    """The variance of a pixel among images of the same digit, a mean over pixels and digits."""
     total = 0
     for digit in range(10):
         total += images[label == digit].flatten(1).var(dim=0).mean().item()
@@ -1186,17 +1191,18 @@ if args.labels:
     noise = torch.randn(len(label), *input_shape)
     x = mean + math.hypot(levels[0], sigma_data) * noise
     fig, axs = plt.subplots(1, 3, figsize=(10, 4.4))
-    print("\n guidance    read as asked    spread / real")
+    print("\n guidance    read as asked    variance / that of real digits")
     for ax, w in zip(axs, [0.0, args.guidance, 3.0]):
         images = generate("ancestral", x, levels, label, w).clamp(-1, 1)
         read = labels[nearest(images)[1][:, 0].cpu()]
         share = (read == label).float().mean().item()
-        spread = pixel_variance(images, label) / pixel_variance(x_data.cpu(), labels)
-        print(f"{w:9g} {share:16.1%} {spread:16.2f}")
+        variance = pixel_variance(images, label) / pixel_variance(x_data.cpu(), labels)
+        print(f"{w:9g} {share:16.1%} {variance:11.2f}")
         rows = images.unflatten(0, (per_digit, 10)).transpose(0, 1)         # one for each digit
-        draw_images(ax, rows[:, :8], f"w = {w:g}: {share:.0%} as asked, spread {spread:.2f}",
+        draw_images(ax, rows[:, :8], f"w = {w:g}: {share:.0%} as asked, variance {variance:.2f}",
                     row_names=[str(digit) for digit in range(10)])
-    fig.suptitle("Digits on demand: the same noise, w times more of what the label changes")
+    fig.suptitle("Digits on demand: from the same noise with guidance w "
+                 "(variance of a pixel: that of real digits is 1)")
     fig.savefig(os.path.join(args.outdir, "digits_on_demand.png"))
 
 
