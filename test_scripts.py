@@ -4293,20 +4293,22 @@ def test_ncsn_mnist_calls_with_guidance_are_two_for_each(labelled, w):
 def test_ncsn_mnist_labelled_run_says_how_many_are_read_as_asked(labelled):
     """By the label of the training image that is nearest."""
     distances = torch.cdist(labelled.samples.flatten(1), labelled.x_data.flatten(1))
-    read = labelled.labels[distances.argmin(1)]
+    read = labelled.train_labels[distances.argmin(1)]
     share = (read == torch.arange(24) % 10).double().mean().item()
     assert labelled.summary["read_as_asked"] == round(share, 3)
-    assert f"read as the digit asked for: {share:.1%} of the samples" in labelled.printed
+    assert f"as the digit asked for: {share:.1%} of the samples" in labelled.printed
     distances = torch.cdist(labelled.x_test.flatten(1), labelled.x_data.flatten(1))
-    read = labelled.labels[distances.argmin(1)]
+    read = labelled.train_labels[distances.argmin(1)]
     real = (read == labelled.test_labels).double().mean().item()
-    assert real > 0.95 and f"as their label: {real:.1%})" in labelled.printed
+    assert real > 0.95 and f"as their label: {real:.1%} (good" in labelled.printed
+    assert labelled.summary["real_as_labelled"] == round(real, 3)
 
 
 def test_ncsn_mnist_labels_stay_with_their_images(labelled):
     bunch = load_digits()
     images = torch.tensor(bunch.images / 8 - 1).float().flatten(1)
-    for x, label in [(labelled.x_data, labelled.labels), (labelled.x_test, labelled.test_labels)]:
+    for x, label in [(labelled.x_data, labelled.train_labels),
+                     (labelled.x_test, labelled.test_labels)]:
         place = torch.cdist(x.flatten(1), images).argmin(1)
         assert torch.equal(label, torch.tensor(bunch.target)[place])
 
@@ -4323,7 +4325,7 @@ def test_ncsn_mnist_batches_have_their_own_labels(tmp_path):
     for x, label in seen:
         place = torch.cdist(x.flatten(1), script.x_data.flatten(1)).argmin(1)
         told = label != 10
-        assert torch.equal(label[told], script.labels[place][told])
+        assert torch.equal(label[told], script.train_labels[place][told])
         assert told.double().mean().item() == pytest.approx(0.8, abs=4 * 0.4 / math.sqrt(250))
 
 
@@ -4344,18 +4346,26 @@ def test_ncsn_mnist_held_out_losses_know_the_true_labels(labelled):
 
 def test_ncsn_mnist_extra_shows_digits_on_demand(labelled):
     """The last row of its table, that of w = 3; the spread is 1 for real digits."""
-    x, label = labelled.x_data, labelled.labels
+    x, label = labelled.x_data, labelled.train_labels
     read = label[torch.cdist(labelled.images.flatten(1), x.flatten(1)).argmin(1)]
     share = (read == torch.arange(200) % 10).double().mean().item()
     spreads = [0, 0]
     for i, (images, digits) in enumerate([(labelled.images, labelled.label), (x, label)]):
         for digit in range(10):
             spreads[i] += np.var(images[digits == digit].numpy(), axis=0, ddof=1).mean() / 10
-    row = [line.split() for line in labelled.printed.splitlines() if "read as asked" in line
-           or line.startswith("        3 ")][-1]
-    assert row == ["3", f"{share:.1%}", f"{spreads[0] / spreads[1]:.2f}"]
+    row = f"        3 {share:16.1%} {spreads[0] / spreads[1]:11.2f}"
+    assert row in labelled.printed.splitlines()
     pixels = plt.imread(Path(labelled.args.outdir) / "digits_on_demand.png")
     assert pixels.std() > 0.1
+
+
+def test_ncsn_mnist_sevens_are_compared_with_sevens(labelled, capsys):
+    """With --digit the held-out images beside the samples are of this digit."""
+    flags = f"--load {labelled.args.outdir}/model.pt --labels --digit 7"
+    script = run("ncsn_mnist", flags, "Pictures")
+    sevens = labelled.x_test[labelled.test_labels == 7].flatten(1)
+    distances = torch.cdist(sevens, labelled.x_data.flatten(1)).min(1).values
+    assert 0 < len(sevens) < 200 and script.nn_real == pytest.approx(distances.median().item())
 
 
 @pytest.mark.parametrize("flags, digits", [("", range(10)), ("--digit 7", [7])])
@@ -4365,10 +4375,10 @@ def test_ncsn_mnist_load_of_weights_that_know_labels(labelled, flags, digits, ca
                  "Pictures")
     assert set(script.asked.tolist()) == set(digits)
     assert torch.equal(script.samples, labelled.samples) == (flags == "")
-    assert "read as the digit" not in capsys.readouterr().out
+    assert "asked for" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ["--labels", "--digit 3", "--guidance 1"])
+@pytest.mark.parametrize("flags", ["--labels", "--digit 0", "--digit 3", "--guidance 0"])
 def test_ncsn_mnist_load_of_weights_that_know_no_labels(ncsn_mnist, flags, tmp_path, capsys):
     line = refused(flags.split()[0], f"--load {ncsn_mnist.args.outdir}/model.pt {flags}",
                    tmp_path / "out", capsys)
@@ -4388,7 +4398,8 @@ def test_ncsn_mnist_label_files(tmp_path):
         (tmp_path / "data" / name).write_bytes(idx_labels(range(n)))
     script = run("ncsn_mnist", f"--data mnist --batch 2 --data_dir {tmp_path}/data --labels",
                  "Model", tmp_path / "out")
-    assert script.labels.tolist() == [0, 1, 2, 3, 4] and script.test_labels.tolist() == [0, 1, 2]
+    assert script.train_labels.tolist() == list(range(5))
+    assert script.test_labels.tolist() == list(range(3))
 
 
 @pytest.mark.parametrize("wrong", [None, b"", idx_labels(range(4)), idx_labels([1, 2, 3, 4, 10]),
