@@ -1752,7 +1752,7 @@ def rows_between(printed, first, last):
     return [line.split() for line in text.splitlines()[1:] if line]
 
 
-def test_implicit_sm_3_2_printed_identity(implicit_sm):
+def test_implicit_sm_3_3_printed_identity(implicit_sm):
     """explicit - implicit is I/2 in each row, of the s that is named; 003's constant is none."""
     table = rows_between("\n" + implicit_sm.printed, "s(x)      implicit     explicit", "Exp(1)")
     assert len(table) == 4
@@ -1875,7 +1875,7 @@ def test_implicit_sm_losses_reach_the_parameters(implicit_sm, name):
         close(a, b)
 
 
-def test_implicit_sm_3_7_denoising_loss(implicit_sm):
+def test_implicit_sm_3_8_denoising_loss(implicit_sm):
     """For s = -a x on N(0, I) it is the implicit loss under N(0, 1 + sigma^2)."""
     a, sigma = 0.7, 0.5
 
@@ -1964,6 +1964,18 @@ def test_implicit_sm_printed_table_tells_learning_by_heart(trained):
     assert by_heart[0] < by_heart[1] - 0.5 and by_heart[2] > by_heart[3] + 0.5
     assert denoised[0] == pytest.approx(denoised[1], abs=0.3)
     assert denoised[2] == pytest.approx(denoised[3], abs=0.3)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_implicit_sm_3_7_no_least_value(implicit_sm, d):
+    """s = -a (x - nearest point) has the loss -a d on the points, for every a."""
+    points = normal(20, d)
+    for a in (1.0, 1000.0):
+        def model(x):
+            nearest = torch.cdist(x, points).argmin(dim=1)
+            return -a * (x - points[nearest])
+        loss = implicit_sm.compute_score_matching_loss(model, points)
+        assert loss.item() == pytest.approx(-a * d)
 
 
 def test_implicit_sm_3_7_few_points(trained):
@@ -2786,6 +2798,19 @@ def test_theory_2_1_variance_preservation():
     close(C, torch.eye(2).double() + alpha_bar * (torch.diag(root**2) - torch.eye(2).double()))
 
 
+def test_theory_2_1_weaker_readings():
+    """Kept variances multiply correlations by alpha^2; the total is kept by the mean variance."""
+    alpha, sigma = 0.8, 0.9
+    v = sigma**2 / (1 - alpha**2)
+    root = torch.tensor([[1.0, 0.0], [0.6, 0.8]]).double() * math.sqrt(v)   # correlation 0.6
+    x_t = alpha * normal(200000, 2) @ root.T + sigma * normal(200000, 2, seed=1)
+    within(x_t.square(), torch.tensor([v, v]).double())
+    within(x_t[:, 0] * x_t[:, 1] / v, torch.tensor(alpha**2 * 0.6).double())
+    x_0 = normal(200000, 2) * torch.tensor([2.0, 0.5]).double()             # mean variance 2.125
+    x_t = math.sqrt(1 - sigma**2 / 2.125) * x_0 + sigma * normal(200000, 2, seed=1)
+    within(x_t.square().sum(1), torch.tensor(4.25).double())
+
+
 def transition(alpha_s, sigma_s, alpha_t, sigma_t):
     """alpha and variance of q(x_t | x_s), theory.md 2.2."""
     return alpha_t / alpha_s, sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
@@ -2814,8 +2839,41 @@ def test_theory_2_2_transition():
     within((x_t - a_t * x0).square(), expected)
 
 
-def test_theory_2_2_transition_need_not_exist():
-    assert transition(0.6, 0.8, 0.9, 0.5)[1] == pytest.approx(-1.19)
+def test_theory_2_2_standard_chain():
+    """With alpha^2 = 1 - sigma^2 the steps are DDPM's with beta = 1 - alpha_t^2/alpha_s^2."""
+    alphas, x_0 = [1.0, 0.9, 0.5, 0.2], 1.7
+    x, z = torch.full((200000,), x_0).double(), normal(3, 200000)
+    for i in range(3):
+        beta = 1 - (alphas[i + 1] / alphas[i]) ** 2
+        sigmas = [math.sqrt(1 - alpha**2) for alpha in alphas[i:i + 2]]
+        a, variance = transition(alphas[i], sigmas[0], alphas[i + 1], sigmas[1])
+        assert (a, variance) == pytest.approx((math.sqrt(1 - beta), beta))
+        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * z[i]
+        within(x, torch.tensor(alphas[i + 1] * x_0).double())
+        within((x - alphas[i + 1] * x_0).square(), torch.tensor(1 - alphas[i + 1] ** 2).double())
+
+
+def test_theory_2_2_steps_compose():
+    """From s to u and on to t is the transition from s to t; from s = 0 it is the marginal."""
+    s, u, t = (0.9, 0.5), (0.8, 0.7), (0.6, 1.1)          # alpha and sigma, SNR falling
+    (a_1, v_1), (a_2, v_2) = transition(*s, *u), transition(*u, *t)
+    assert transition(*s, *t) == pytest.approx((a_2 * a_1, v_2 + a_2**2 * v_1))
+    assert transition(1.0, 0.0, *t) == pytest.approx((0.6, 1.1**2))
+
+
+@pytest.mark.parametrize("levels", [ALPHAS, (0.6, 0.8, 0.9, 0.5)])
+@pytest.mark.parametrize("omega", [0.5, -2.0])
+def test_theory_2_2_markov_kernel_by_its_blur(levels, omega):
+    """f has the prescribed mean for every x_0; where the SNR rises, it exceeds 1 in modulus."""
+    a_s, s_s, a_t, s_t = levels
+    a, variance = transition(*levels)
+    y = np.linspace(-12, 12, 20001)
+    for x_0 in (-1.3, 0.0, 2.0):
+        f = np.exp(1j * a * omega * (a_s * x_0 + s_s * y) - variance * omega**2 / 2)
+        blurred = np.trapezoid(scipy.stats.norm.pdf(y) * f, y)
+        prescribed = np.exp(1j * a_t * omega * x_0 - s_t**2 * omega**2 / 2)
+        assert blurred == pytest.approx(prescribed, abs=1e-10)
+        assert (abs(f) <= 1).all() == (a_t / s_t <= a_s / s_s)
 
 
 def test_theory_2_3_posterior():
@@ -2838,6 +2896,112 @@ def test_theory_2_3_posterior():
     snr = (a_s / s_s) ** 2 - (a_t / s_t) ** 2
     divergence = (mean(x0) - mean(guess)) ** 2 * precision / 2
     assert divergence == pytest.approx(snr / 2 * (x0 - guess) ** 2)
+
+
+@pytest.mark.parametrize("rho", [-0.4, 0.0, 0.7, 1.0])
+def test_theory_2_3_any_rho(rho):
+    """What x_t and x_0 do not tell of x_s has variance (1 - rho^2) s_s^2, and no part of x_t."""
+    a_s, s_s, a_t, s_t = ALPHAS
+    x_0, y, z = normal(3, 100000)
+    x_s = a_s * x_0 + s_s * y
+    x_t = a_t * x_0 + rho * s_t / s_s * (x_s - a_s * x_0) + math.sqrt(1 - rho**2) * s_t * z
+    rest = x_s - a_s * x_0 - rho * s_s / s_t * (x_t - a_t * x_0)
+    if rho == 1:
+        close(rest, torch.zeros_like(rest))
+    else:
+        within(rest.square(), torch.tensor((1 - rho**2) * s_s**2).double())
+        within(rest * x_t, torch.tensor(0.0).double())
+
+
+def test_theory_2_3_price_of_a_guess():
+    """KL of the ways back with x_0 and with a guess: the formula, least at the Markov rho."""
+    a_s, s_s, a_t, s_t = ALPHAS
+    x_0, guess, x_t = 0.7, -0.4, 1.9
+    snr_s, snr_t = (a_s / s_s) ** 2, (a_t / s_t) ** 2
+    markov = a_t * s_s / (a_s * s_t)
+    rho = torch.cat([torch.linspace(-0.9, 0.9, 181), torch.tensor([markov])]).double()
+    std = (1 - rho**2).sqrt() * s_s
+    ways = [torch.distributions.Normal(a_s * x + rho * s_s / s_t * (x_t - a_t * x), std)
+            for x in (x_0, guess)]
+    kl = torch.distributions.kl_divergence(*ways)
+    square = (math.sqrt(snr_s) - rho * math.sqrt(snr_t)) ** 2
+    close(kl, square / (2 * (1 - rho**2)) * (x_0 - guess) ** 2)
+    assert kl.argmin() == 181
+    assert kl.min().item() == pytest.approx((snr_s - snr_t) / 2 * (x_0 - guess) ** 2)
+
+
+def test_theory_3_2_any_dimension():
+    """By quadrature in the plane, for a field that is no gradient; E s* = 0, E[s* x^T] = -I."""
+    line = torch.linspace(-8, 8, 201, dtype=torch.float64)
+    x = torch.cartesian_prod(line, line)
+    law = mixture([[-1.0, 0.5], [1.0, 0.0]], [0.3, 0.7], [0.6, 0.9])
+    weight = law.log_prob(x).exp() * 0.08**2
+    exact = autograd_score(law.log_prob, x)
+    x.requires_grad_()
+    s = swirl(x)
+    divergence = 0
+    for i in range(2):
+        divergence = divergence + torch.autograd.grad(s[:, i].sum(), x, retain_graph=True)[0][:, i]
+    x, s = x.detach(), s.detach()
+    explicit = 0.5 * (weight * (s - exact).square().sum(1)).sum()
+    implicit = (weight * (0.5 * s.square().sum(1) + divergence)).sum()
+    half_fisher = 0.5 * (weight * exact.square().sum(1)).sum()
+    assert abs((weight * divergence).sum()) > 0.1
+    close(explicit, implicit + half_fisher, rtol=1e-8, atol=1e-8)
+    close(weight @ exact, torch.zeros(2).double(), rtol=0, atol=1e-8)
+    close((weight[:, None] * exact).T @ x, -torch.eye(2).double(), rtol=0, atol=1e-8)
+
+
+def test_theory_3_3_infimum():
+    """Laplace's law, I = 1: the implicit loss of s = -tanh(b x) falls towards -1/2 as b grows."""
+    x = np.linspace(0, 40, 400001)                       # both halves are alike, with s* = -1 here
+    p = np.exp(-x)
+    losses = []
+    for b in (5, 20, 80):
+        s = -np.tanh(b * x)
+        implicit = np.trapezoid(p * (0.5 * s**2 - b * (1 - s**2)), x)
+        explicit = np.trapezoid(p * 0.5 * (s + 1) ** 2, x)
+        assert explicit == pytest.approx(implicit + 0.5, abs=1e-5)
+        losses.append(implicit)
+    assert losses[0] > losses[1] > losses[2] > -0.5 and losses[2] == pytest.approx(-0.5, abs=0.01)
+
+
+def test_theory_3_5_boundary_term_and_weight():
+    """p ~ exp(x_1) on the unit disc: the edge adds its term, and a weight that is 0 there none."""
+    nodes, weights = np.polynomial.legendre.leggauss(30)
+    angle = np.arange(100) * 2 * np.pi / 100
+    r, angle = np.meshgrid((nodes + 1) / 2, angle)
+    x_1, x_2 = r * np.cos(angle), r * np.sin(angle)
+    mass = weights / 2 * r * 2 * np.pi / 100 * np.exp(x_1)   # of p, but for its constant
+    total = mass.sum()
+
+    def E(values):
+        return (mass * values).sum() / total
+
+    def field(x_1, x_2):
+        return x_1**2, np.sin(x_2) + x_1
+
+    s_1, s_2 = field(x_1, x_2)
+    divergence = 2 * x_1 + np.cos(x_2)
+    error, square = (s_1 - 1) ** 2 + s_2**2, s_1**2 + s_2**2      # s* = (1, 0)
+    edge_1, edge_2 = np.cos(angle[:, 0]), np.sin(angle[:, 0])
+    f_1, f_2 = field(edge_1, edge_2)
+    edge = (np.exp(edge_1) * (f_1 * edge_1 + f_2 * edge_2)).sum() * 2 * np.pi / 100 / total
+    assert E(error / 2) == pytest.approx(E(square / 2 + divergence) + 0.5 - edge, abs=1e-10)
+    assert abs(edge) > 0.1
+    g = 1 - r**2
+    implicit = E(g * square / 2 + g * divergence - 2 * (x_1 * s_1 + x_2 * s_2))
+    assert E(g * error / 2) == pytest.approx(implicit + E(g / 2), abs=1e-10)
+
+
+def test_theory_3_5_weight_for_the_exponential_law():
+    """For Exp(1) and s = -a the weight g = x moves the least implicit loss from a = 0 to 1."""
+    x, a = np.linspace(0, 50, 100001), np.linspace(-1, 2, 61)
+    p = np.exp(-x)
+    plain = [np.trapezoid(p * value**2 / 2, x) for value in a]
+    weighted = [np.trapezoid(p * (x * value**2 / 2 - value), x) for value in a]
+    assert a[np.argmin(plain)] == pytest.approx(0, abs=1e-9)
+    assert a[np.argmin(weighted)] == pytest.approx(1, abs=1e-9)
 
 
 THREE_POINTS = torch.tensor([[-1.0], [0.2], [1.5]], dtype=torch.float64)   # equally likely
