@@ -845,6 +845,116 @@ def test_dsm_2d_8_4_langevin_stationary_variance(dsm_2d, kappa):
     close(path[1], path[0] - path[0] / V)
 
 
+def test_dsm_2d_7_3_step_loses_kappa_squared_of_the_posterior_variance(dsm_2d):
+    """Variance with the true x_0 less that of the sampler's step, for three points of data."""
+    x0 = THREE_POINTS[torch.randint(3, (100000,), generator=generator(1))]
+    sigma, sigma_next = 1.0, 0.6
+    x = x0 + sigma * normal(100000, 1, seed=2)
+    slope = (three_score(x + 1e-4, sigma) - three_score(x - 1e-4, sigma)) / 2e-4
+    posterior_variance = (sigma**2 + sigma**4 * slope).mean().item()
+    for ddim, rho in [(True, 1.0), (False, 0.6)]:
+        torch.manual_seed(3)
+        ours = dsm_2d.ancestral_step(three_score, x, sigma, sigma_next, ddim)
+        torch.manual_seed(3)
+        z = torch.randn_like(x)
+        kappa = 1 - rho * sigma_next / sigma
+        right = (1 - kappa) * x + kappa * x0 + sigma_next * math.sqrt(1 - rho**2) * z
+        within(right - ours, torch.zeros(1).double())    # the same mean
+        within(right**2 - ours**2, kappa**2 * posterior_variance)
+
+
+def variances_of_n_0_1(T, rho):
+    """What T levels from 10 to 0.01 make of N(0, 1), with a last denoising step; rho(s, s_next)."""
+    levels, u = np.geomspace(10, 0.01, T), 101.0
+    for sigma, sigma_next in zip(levels, levels[1:]):
+        u = after_rho(u, sigma, sigma_next, 1, rho(sigma, sigma_next))
+    return u / (1 + 0.01**2) ** 2
+
+
+def test_theory_7_3_few_levels_lose_variance():
+    """The figures of theory.md, by the recursion that the samplers' variances are tested with."""
+    def keep_all(sigma, sigma_next):
+        return 1
+
+    def keep_ratio(sigma, sigma_next):
+        return sigma_next / sigma
+
+    def keep_nothing(sigma, sigma_next):
+        return 0
+
+    for T, expected in [(50, [0.93, 0.87, 0.47]), (200, [0.98, 0.97, 0.49])]:
+        found = [variances_of_n_0_1(T, rho) for rho in (keep_all, keep_ratio, keep_nothing)]
+        assert found == pytest.approx(expected, abs=6e-3)
+
+
+def test_dsm_2d_7_3_one_langevin_step_a_level(dsm_2d):
+    """A sampler with a fixed kappa; with the ancestral noise the variance keeps 14.8 sigma^2."""
+    excess = []
+    for T in (100, 200, 400):
+        levels, u = np.geomspace(10, 0.01, T), 101.0
+        for sigma in levels:
+            u = after_langevin(u, sigma, 1, 0.4, 1)
+        excess.append(u - 1)
+    assert excess == pytest.approx([0.246, 0.113, 0.054], abs=1e-3)
+    levels, u = np.geomspace(10, 0.01, 6000), 100.0
+    for sigma, sigma_next in zip(levels, levels[1:]):
+        kappa = (sigma_next / sigma) ** 2 * (1 - (sigma_next / sigma) ** 2) / 2
+        u = after_langevin(u, sigma, 0, kappa, 1)
+    assert u / 0.01**2 == pytest.approx(1 + 2 * math.log(1000), rel=0.03)
+    x = 10 * normal(20000, 1)
+    levels = np.geomspace(10, 0.1, 200).tolist()
+    for sigma, sigma_next in zip(levels, levels[1:]):
+        kappa = (sigma_next / sigma) ** 2 * (1 - (sigma_next / sigma) ** 2) / 2
+        x = dsm_2d.langevin_step(gaussian(0), x, sigma, kappa)
+    assert x.square().mean().item() / 0.1**2 > 1 + 2 * math.log(100)
+
+
+def test_dsm_2d_7_4_noise_of_003_is_too_much(dsm_2d):
+    """Data at one point, 300 levels from 50 to 0.01: Var/sigma^2 with 003's noise and with ours."""
+    levels, kappa = np.geomspace(50, 0.01, 300).tolist(), 0.16
+    alone = both = right = 50 * normal(3000, 1)
+    for sigma, sigma_next in zip(levels, levels[1:]):
+        shrink = (sigma_next / sigma) ** 2
+        alone = shrink * alone + sigma_next * torch.randn_like(alone)
+        both = shrink * both + sigma_next * torch.randn_like(both)
+        both = dsm_2d.langevin_step(gaussian(0), both, sigma_next, kappa)
+        right = dsm_2d.ancestral_step(gaussian(0), right, sigma, sigma_next)
+    found = [x.square().mean().item() / 0.01**2 for x in (alone, both, right)]
+    assert found == pytest.approx([18.06, 3.08, 1], rel=4 * math.sqrt(2 / 3000))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_dsm_2d_8_4_langevin_is_stable_below_kappa_2(dsm_2d, many):
+    """Data at one point or three: far chains come back for kappa = 1.9, run away for 2.1."""
+    points = THREE_POINTS if many else torch.zeros(1, 1).double()
+
+    def score(x, sigma):
+        shares = (-(x - points.T) ** 2 / (2 * sigma**2)).softmax(1)
+        return (shares @ points - x) / sigma**2
+
+    for sigma in (0.1, 3.0):
+        x = 1000 + torch.zeros(50, 1).double()
+        for kappa, far in [(1.9, False), (2.1, True)]:
+            end = dsm_2d.annealed_langevin_dynamics(score, x, [sigma], 120, kappa)[0]
+            bound = (kappa * points.max() + sigma * math.sqrt(2 * kappa)) / (1 - abs(1 - kappa))
+            assert end.abs().min() > 1e6 if far else end.abs().mean() < bound
+
+
+def test_theory_8_4_noise_over_the_levels():
+    """Var/sigma^2 of data at one point tends to the closed form, or grows without end."""
+    def ratio(kappa, K, gamma):
+        r = 1.0
+        for _ in range(400):
+            r = after_langevin(gamma**2 * r, 1, 0, kappa, K)
+        return r
+
+    for kappa, K, gamma in [(0.4, 1, 1.1), (0.2, 5, 1.5), (1.3, 2, 1.2)]:
+        rest = (1 - kappa) ** (2 * K)
+        limit = (1 - rest) / (1 - rest * gamma**2) / (1 - kappa / 2)
+        assert ratio(kappa, K, gamma) == pytest.approx(limit, rel=1e-6)
+    assert ratio(0.2, 1, 1.3) > 1e6
+
+
 @pytest.mark.parametrize("name, ratio", [("ddim", 2), ("heun", 4)])
 def test_dsm_2d_7_2_order_of_the_ode_samplers(dsm_2d, name, ratio):
     """Twice the steps halve DDIM's distance to the probability flow and quarter Heun's."""
@@ -855,6 +965,18 @@ def test_dsm_2d_7_2_order_of_the_ode_samplers(dsm_2d, name, ratio):
         exact = x * math.sqrt((0.01**2 + 1) / (10**2 + 1))
         errors.append((state / exact - 1).abs().max().item())
     assert errors[0] < 0.1 and errors[0] / errors[1] == pytest.approx(ratio, rel=0.12)
+
+
+def test_dsm_2d_7_2_flow_keeps_quantiles(dsm_2d):
+    """Heun's points on the line lie at the same quantile of q_sigma at every level."""
+    def quantile(x, sigma):
+        return torch.special.ndtr((x - THREE_POINTS.T) / sigma).mean(1)
+
+    levels = np.geomspace(3, 0.2, 60).tolist()
+    x = torch.linspace(-6, 6, 25, dtype=torch.float64)[:, None]
+    path = dsm_2d.heun_sampling(three_score, x, levels)
+    for i in (20, 40, 59):
+        close(quantile(path[i], levels[i]), quantile(x, 3), rtol=0, atol=1e-3)
 
 
 def test_dsm_2d_7_2_steps_of_the_ode_samplers(dsm_2d):
@@ -974,7 +1096,7 @@ def test_dsm_2d_7_2_flow_and_its_divergence(dsm_2d):
     assert not (x.requires_grad or f.requires_grad or div_f.requires_grad)
 
 
-def test_dsm_2d_7_2_likelihood_of_a_gaussian_is_exact_in_the_limit(dsm_2d):
+def test_dsm_2d_7_2_likelihood_takes_heuns_step_for_point_and_integral(dsm_2d):
     """One step of Heun's rule, written out, for the point and for the integral."""
     x, (a, b) = normal(9, 2), (0.5, 0.8)
 
@@ -2266,6 +2388,22 @@ def test_implicit_sm_10_1_mean_target(implicit_sm, name):
     assert mean_target.numpy() == pytest.approx(wanted, abs=1e-3)
 
 
+def test_implicit_sm_10_2_score_under_uniform_noise(implicit_sm):
+    """[p(y + a) - p(y - a)] / integral of p from y - a to y + a."""
+    a, y = math.sqrt(3) * 0.5, torch.tensor([-2.0, -0.4, 0.3, 1.7])
+    exact = implicit_sm.noisy_density(implicit_sm.kernels["uniform"], a, y)[1]
+
+    def p(x):
+        return LAW_1D.log_prob(x.double()[:, None]).exp()
+
+    def P(x):
+        below = scipy.stats.norm.cdf(x[:, None].numpy(), [-1.2, 1.0], [0.35, 0.5])
+        return torch.tensor(below @ [0.4, 0.6])
+
+    wanted = (p(y + a) - p(y - a)) / (P(y + a) - P(y - a))
+    torch.testing.assert_close(exact.double(), wanted, rtol=2e-3, atol=2e-3)
+
+
 def test_implicit_sm_10_2_logistic_noise_cannot_overflow(implicit_sm):
     """Far out log k is -|n|/scale - log(scale) and the target -sign(n)/scale, in float32, too."""
     n = torch.tensor([-50.0, 50.0])
@@ -3014,6 +3152,10 @@ def mixture_1d(weights, means, variance):
     return MixtureSameFamily(Categorical(torch.tensor(weights).double()), parts)
 
 
+def normal_law(mean, variance):
+    return mixture_1d([1.0], torch.tensor([[mean]]).double(), variance)
+
+
 def three_score(x, sigma):
     x = x.detach().clone().requires_grad_()
     log_q = mixture_1d([1.0, 1.0, 1.0], THREE_POINTS, sigma**2).log_prob(x)
@@ -3055,6 +3197,221 @@ def test_theory_4_1_fisher_is_not_kl():
     fisher = (p * (-theta * x**3 + x).square()).sum(1)
     assert theta[kl.argmin()].item() == pytest.approx(1 / 3, abs=5e-4)
     assert theta[fisher.argmin()].item() == pytest.approx(1 / 5, abs=5e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+def test_theory_8_1_how_far_the_start_is_off(sigma):
+    """Three points: the start with their moments is nearest; the bounds of the others hold."""
+    q = mixture_1d([1.0, 1.0, 1.0], THREE_POINTS, sigma**2)
+    x = 2 * LINE
+
+    def kl(mean, variance):
+        start = normal_law(mean, variance)
+        log_q = q.log_prob(x)
+        return (log_q.exp() * (log_q - start.log_prob(x))).sum().item() * 36 / 36000
+
+    mean, C = THREE_POINTS.mean().item(), THREE_POINTS.var(unbiased=False).item()
+    bounds = [C / (2 * sigma**2), (C + mean**2) / (2 * sigma**2)]
+    assert 0 < kl(mean, C + sigma**2) < kl(mean, sigma**2) < bounds[0]
+    assert kl(mean, sigma**2) < kl(0.0, sigma**2) < bounds[1]
+    for other_mean, other_variance in [(mean + 0.05, C + sigma**2), (mean, 1.1 * (C + sigma**2))]:
+        assert kl(other_mean, other_variance) > kl(mean, C + sigma**2)
+
+
+def test_theory_8_1_starts_of_gmm2():
+    """The three divergences at sigma = 9.69, by a sum over the plane."""
+    q, line = law("gmm2", 9.69), torch.linspace(-60, 60, 401, dtype=torch.float64)
+    centres, covs = centres_and_covs("gmm2")
+    mean = centres.mean(0)
+    C = covs.mean(0) + (centres - mean).T @ (centres - mean) / 2
+    assert C.trace() / (2 * 9.69**2) == pytest.approx(0.034, abs=5e-4)
+    x = torch.cartesian_prod(line, line)
+    round_cov = 9.69**2 * torch.eye(2).double()
+    log_q = q.log_prob(x)
+    for start, expected in [(MultivariateNormal(mean, C + round_cov), 1e-6),
+                            (MultivariateNormal(mean, round_cov), 8e-4),
+                            (MultivariateNormal(0 * mean, round_cov), 0.025)]:
+        kl = (log_q.exp() * (log_q - start.log_prob(x))).sum() * 0.3**2
+        assert kl.item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
+def test_theory_8_1_share_of_another_point(sigma):
+    """Mean softmax share of x_j at points noised from x_i, at most exp(-d^2/8 sigma^2)/2."""
+    k = (-(LINE - THREE_POINTS.T).square() / (2 * sigma**2)).exp()
+    k = k / math.sqrt(2 * math.pi * sigma**2)
+    shares = k.T @ (k / k.sum(1, keepdim=True)) * 18 / 36000                     # (from i, of j)
+    close(shares.sum(1), torch.ones(3).double(), rtol=0, atol=1e-8)
+    bound = (-(THREE_POINTS - THREE_POINTS.T).square() / (8 * sigma**2)).exp() / 2
+    for i, j in permutations(range(3), 2):
+        assert 0 < shares[i, j] < bound[i, j]
+    assert shares[0, 1] > 0.5 * bound[0, 1]
+
+
+def test_theory_8_2_ratio_of_levels():
+    """Half of the inner shell is within 3 standard deviations of the outer one; KL instead."""
+    for d in (50, 784):
+        gamma = math.sqrt(2 * d) / (math.sqrt(2 * d) - 3)
+        inner = scipy.stats.chi(d, scale=1 / gamma)
+        edge = math.sqrt(d) - 3 / math.sqrt(2)
+        assert inner.sf(edge) == pytest.approx(0.5, abs=0.03)
+    assert gamma == pytest.approx(1.082, abs=1e-3)
+    assert 1 + math.log(10 / 0.02) / math.log(gamma) == pytest.approx(80, abs=0.5)
+
+    def kl(d, gamma):
+        upper, lower = [MultivariateNormal(torch.zeros(d), scale_tril=scale * torch.eye(d))
+                        for scale in (gamma, 1.0)]
+        return torch.distributions.kl_divergence(upper, lower).item()
+
+    assert kl(2, 1.77) == pytest.approx(2 * ((1.77**2 - 1) / 2 - math.log(1.77)), rel=1e-5)
+    assert kl(2, 1.77) == pytest.approx(1, abs=0.01)
+    gamma = math.sqrt(2e8) / (math.sqrt(2e8) - 3)
+    assert 1e8 * ((gamma**2 - 1) / 2 - math.log(gamma)) == pytest.approx(4.5, rel=1e-3)
+
+
+def test_theory_8_4_step_rule_of_001():
+    """N(0, 1/4) after 10 levels down to 0.01 with 100 steps of eta = 0.1 (sigma/sigma_max)^2."""
+    deviations = []
+    for sigma_max in (1, 2, 3, 10):
+        u, kappa = sigma_max**2, 0.05 / sigma_max**2
+        for sigma in np.geomspace(sigma_max, 0.01, 10):
+            u = after_langevin(u, sigma, 0.25, kappa, 100)
+        deviations.append(math.sqrt(u))
+    assert deviations == pytest.approx([0.53, 0.69, 1.2, 8.6], rel=0.01)
+    remains = [(1 - 0.05 / top**2) ** 100 * (top / 0.01) ** (1 / 9) for top in (2.8, 2.9)]
+    assert remains[0] < 1 < remains[1]
+
+
+def test_theory_9_2_two_modes():
+    """Two peaks along mu for |mu| > 1 only; the barrier; the flat top at |mu| = 1."""
+    x = torch.linspace(-4, 4, 8001, dtype=torch.float64)[:, None]
+    for length, modes in [(0.5, 1), (0.95, 1), (1.05, 2), (2.0, 2)]:
+        means = torch.tensor([[-length], [length]]).double()
+        log_p = mixture_1d([1.0, 1.0], means, 1.0).log_prob(x)
+        assert ((log_p[1:-1] > log_p[:-2]) & (log_p[1:-1] > log_p[2:])).sum() == modes
+    assert (log_p.max() - log_p[4000]).item() == pytest.approx(1.3072, abs=1e-4)
+    flat = mixture_1d([1.0, 1.0], torch.tensor([[-1.0], [1.0]]).double(), 1.0)
+    fall = flat.log_prob(torch.tensor([[0.2], [0.0]]).double())
+    assert (fall[0] - fall[1]).item() == pytest.approx(-0.2**4 / 12, rel=0.05)
+
+
+def test_theory_9_3_fisher_information_of_location():
+    """E s^2 = -E s' = 0.7256104, above 1/Var, by quadrature; that of N(0, v) in v is 1/2v^2."""
+    p = mixture_1d([1.0, 1.0], torch.tensor([[-2.0], [2.0]]).double(), 1.0)
+    weights = p.log_prob(LINE).exp() * 18 / 36000
+    s, x = autograd_score(p.log_prob, LINE)[:, 0], LINE[:, 0]
+    assert (weights * s**2).sum().item() == pytest.approx(0.7256104, abs=1e-7)
+    assert (weights / torch.cosh(2 * x) ** 2).sum().item() == pytest.approx(0.0685974, abs=1e-7)
+    assert (weights * x**2).sum().item() == pytest.approx(5, abs=1e-7)
+    gauss = normal_law(0.0, 0.7).log_prob(LINE).exp() * 18 / 36000
+
+    def mean_log_density(v):
+        return (gauss * torch.distributions.Normal(0 * v, v.sqrt()).log_prob(x)).sum()
+
+    v = torch.tensor(0.7, dtype=torch.float64)
+    by_v = torch.autograd.functional.hessian(mean_log_density, v)
+    assert -by_v.item() == pytest.approx(1 / (2 * 0.7**2), rel=1e-6)
+
+
+def test_theory_9_3_direction_and_length():
+    """Ascent is 67 degrees off the peak; the length of a score says nothing about the density."""
+    def score(law, *point):
+        return autograd_score(law.log_prob, torch.tensor([point]).double())[0]
+
+    cov = torch.diag(torch.tensor([9, 0.25]).double())
+    gauss = MultivariateNormal(torch.zeros(2).double(), cov)
+    s, to_peak = score(gauss, 3.0, 1.0), torch.tensor([-3.0, -1.0]).double()
+    angle = torch.acos(torch.cosine_similarity(s, to_peak, dim=0)) * 180 / math.pi
+    assert angle.item() == pytest.approx(67, abs=0.5)
+    lengths = [score(gauss, 10.0, 0.0).norm().item(), score(gauss, 0.0, 1.0).norm().item()]
+    assert lengths == pytest.approx([1.1, 4], rel=0.02)
+    cauchy = torch.distributions.Cauchy(0.0, 1.0)
+    assert score(cauchy, 100.0).item() == pytest.approx(-0.02, rel=1e-3)
+    assert score(cauchy, 1.0).abs() > 40 * score(cauchy, 100.0).abs()
+
+    def round_law(x):
+        return -x.square().sum(1) ** 2
+
+    x = normal(20, 2)
+    s = autograd_score(round_law, x)
+    close(torch.cosine_similarity(s, -x, dim=1), torch.ones(20).double())
+    assert (autograd_score(round_law, 2 * x).norm(dim=1) > s.norm(dim=1)).all()
+
+
+def test_theory_9_3_score_as_velocity_is_heat_running_backwards():
+    """N(0, b - 2t) solves dp/dt = -(p v)' with v = (log p)'."""
+    x, b, t = torch.linspace(-6, 6, 41, dtype=torch.float64)[:, None], 1.5, 0.3
+
+    def density(x, t):
+        return normal_law(0.0, b - 2 * t).log_prob(x).exp()
+
+    def flux(x):
+        return density(x, t) * -x[:, 0] / (b - 2 * t)
+
+    by_time = (density(x, t + 1e-5) - density(x, t - 1e-5)) / 2e-5
+    by_place = (flux(x + 1e-5) - flux(x - 1e-5)) / 2e-5
+    assert by_time.abs().max() > 0.1
+    close(by_time, -by_place, rtol=1e-6, atol=1e-8)
+
+
+def test_theory_10_1_edges_of_the_noise():
+    """k ~ (1 - n^2)^b: I(k) is finite above b = 1, grows as a logarithm at 1, as a power below."""
+    def information(b, cut):
+        """E (d log k)^2 on |n| < 1 - cut; n = 1 - exp(-u), in equal steps of u."""
+        edge = torch.linspace(0, -math.log(cut), 20001, dtype=torch.float64).neg().exp()
+        n = 1 - edge
+        k = 0.5 * torch.tensor(scipy.stats.beta(b + 1, b + 1).pdf((1 + n) / 2))
+        slope = -2 * b * n / (1 - n**2)
+        return 2 * torch.trapezoid(k * slope**2 * edge, -edge.log()).item()
+
+    variance = 1 / 7                                     # of b = 2
+    assert information(2, 1e-9) * variance == pytest.approx(10 / 7, rel=1e-4)
+    decades = [information(1, 10.0**-n) for n in (6, 7, 8)]
+    assert decades[2] - decades[1] == pytest.approx(decades[1] - decades[0], rel=1e-3)
+    assert decades[1] - decades[0] > 1
+    halves = [information(0.5, 10.0**-n) for n in (6, 7, 8)]
+    assert (halves[2] - halves[1]) / (halves[1] - halves[0]) == pytest.approx(10**0.5, rel=0.01)
+
+
+def test_theory_10_2_score_after_a_blur():
+    """Blur alone: G^-T grad log p(G^-1 y). With Gaussian noise denoising has the score as mean."""
+    G = torch.tensor([[0.8, 0.3], [0.1, 0.5]]).double()
+    cov = torch.tensor([[1.5, 0.4], [0.4, 0.6]]).double()
+    p = MultivariateNormal(torch.tensor([1.0, -2.0]).double(), cov)
+    y = normal(6, 2)
+    blurred = MultivariateNormal(G @ p.mean, G @ cov @ G.T)
+    behind = y @ G.inverse().T
+    close(autograd_score(blurred.log_prob, y), autograd_score(p.log_prob, behind) @ G.inverse())
+    eps, sigma = normal(100000, 2, seed=1), 0.5
+    noisy = p.sample((100000,)) @ G.T + sigma * eps
+    wider = blurred.covariance_matrix + sigma**2 * torch.eye(2).double()
+    q = MultivariateNormal(blurred.mean, wider)
+    rest = -eps / sigma - autograd_score(q.log_prob, noisy)
+    within(rest[:, :, None] * noisy[:, None], torch.zeros(2, 2).double())
+    within(rest, torch.zeros(2).double())
+
+
+def test_theory_10_3_only_gaussian_noise_denoises_by_the_score():
+    """Two points of data: (E[x|y] - y) / score is sigma^2 for Gaussian noise, else it varies."""
+    y = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    x = torch.tensor([-1.0, 1.5]).double()
+
+    def ratio(log_k):
+        posterior = log_k(y - x).softmax(1)
+
+        def log_q(y):
+            return log_k(y - x).exp().sum(1).log()
+
+        return (posterior @ x - y[:, 0]) / autograd_score(log_q, y)[:, 0]
+
+    def logistic(n):
+        return -2 * torch.cosh(n / 2).log()
+
+    def gaussian_noise(n):
+        return -n**2 / (2 * 0.64)
+
+    close(ratio(gaussian_noise), torch.full((9,), 0.64, dtype=torch.float64))
+    assert ratio(logistic).max() > 1.05 * ratio(logistic).min() > 0
 
 
 def test_theory_11_2_kl_over_the_levels():
