@@ -3436,6 +3436,174 @@ def test_theory_11_2_kl_over_the_levels():
     assert (kl(1.501) - kl(1.499)) / 0.002 == pytest.approx(-fisher / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["VE", "VP", "sub-VP"])
+def test_theory_11_2_equation_of_a_gaussian_diffusion(name):
+    """f = alpha'/alpha, g^2 = (sigma^2)' - 2 f sigma^2 for three processes with beta = 2t."""
+    t = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    beta, kept = 2 * t, (-t**2).exp()                    # kept = exp(-integral of beta)
+    alpha, variance, f, g2 = {
+        "VE": (t**0, t**3, 0 * t, 3 * t**2),             # sigma^2 = t^3
+        "VP": (kept.sqrt(), 1 - kept, -beta / 2, beta),
+        "sub-VP": (kept.sqrt(), (1 - kept) ** 2, -beta / 2, beta * (1 - kept**2)),
+    }[name]
+    alpha_slope = torch.autograd.grad(alpha, t, retain_graph=True)[0]
+    variance_slope = torch.autograd.grad(variance, t, retain_graph=True)[0]
+    close(f, alpha_slope / alpha)
+    close(g2, variance_slope - 2 * f * variance)
+
+
+def three_points_cdf(x, sigma):
+    return (1 + torch.erf((x - THREE_POINTS) / (sigma * math.sqrt(2)))).mean(0) / 2
+
+
+@pytest.mark.parametrize("zeta", [0, 0.5, 1, 2])
+def test_theory_11_2_family_has_the_same_laws(zeta):
+    """Small steps down from q_3 end in q_0.4 for every zeta, with the exact score of 3 points."""
+    points, sigmas = THREE_POINTS[:, 0], np.geomspace(3, 0.4, 81).tolist()
+    x = points[torch.randint(3, (4000,), generator=generator())] + 3 * normal(4000, seed=1)
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
+        share = (-(x[:, None] - points) ** 2 / (2 * sigma**2)).softmax(1)
+        score, delta = (share @ points - x) / sigma**2, sigma**2 - sigma_next**2
+        noise = zeta * math.sqrt(delta) * normal(4000, seed=2 + i)
+        x = x + (1 + zeta**2) / 2 * delta * score + noise
+    edges = torch.linspace(-1.5, 2, 8).double()
+    within((x[:, None] < edges).double(), three_points_cdf(edges, 0.4))
+
+
+def test_theory_11_2_rho_and_zeta():
+    """rho = gamma^(-zeta^2) is exact for a denoiser that is constant; (1 - rho^2)/(gamma^2 - 1)."""
+    sigma, sigma_next, n = 2.0, 1.6, 100000
+    gamma = sigma / sigma_next
+    for zeta in (0.5, 1.0, 2.0):
+        factor, variance, fine = 1.0, 0.0, np.geomspace(sigma, sigma_next, n + 1)
+        shrink = 1 - (1 + zeta**2) / 2 * (1 - (fine[1] / fine[0]) ** 2)   # D = 0: s = -x/sigma^2
+        for noise in zeta**2 * (fine[:-1] ** 2 - fine[1:] ** 2):
+            factor, variance = factor * shrink, variance * shrink**2 + noise
+        rho = gamma ** -(zeta**2)
+        assert factor == pytest.approx(rho / gamma, rel=1e-4)             # of x - D
+        assert variance == pytest.approx(sigma_next**2 * (1 - rho**2), rel=1e-4)
+    for rho in (0.0, 1 / gamma, 0.95, 1.0):              # Euler-Maruyama with the same noise
+        zeta2 = (1 - rho**2) / (gamma**2 - 1)
+        drift = (1 - rho / gamma) * sigma**2             # of 7.3
+        euler = (1 + zeta2) / 2 * (sigma**2 - sigma_next**2)
+        assert drift - euler == pytest.approx((gamma - rho) ** 2 * sigma_next**2 / 2)
+
+
+@pytest.mark.parametrize("ddim, zeta", [(True, 0), (False, 1)])
+@pytest.mark.parametrize("v", [0.0, 0.5])
+def test_dsm_2d_11_2_fresh_noise_forgets_an_offset(dsm_2d, ddim, zeta, v):
+    """An offset at the first level arrives times (V_end/V_start)^((1 + zeta^2)/2)."""
+    x, sigmas, ends = normal(5, 2), np.geomspace(2, 0.5, 2000).tolist(), []
+    for offset in (0.0, 1.0):
+        torch.manual_seed(1)                             # the same noise, which then cancels
+        ends.append(dsm_2d.ancestral_sampling(gaussian(v), x + offset, sigmas, ddim)[-2])
+    arrived = ((0.5**2 + v) / (2**2 + v)) ** ((1 + zeta**2) / 2)
+    close(ends[1] - ends[0], torch.full((5, 2), arrived).double(), rtol=2e-3, atol=0)
+
+
+def gaussian_kl(u, v):
+    """KL(N(0, u) | N(0, v))."""
+    return (u / v - 1 - math.log(u / v)) / 2
+
+
+@pytest.mark.parametrize("zeta", [0, 0.5, 1, 2])
+def test_theory_11_2_noise_brings_laws_together(zeta):
+    """d KL(r|q)/d sigma^2 = zeta^2/2 E_r|grad log r/q|^2 along the family, r = N(0, u), q_sigma."""
+    V, u, h = 1.5, 2.4, 1e-5
+
+    def kl_after(step):                                  # the variance equation, one Heun step
+        slope = (1 + zeta**2) * u / V - zeta**2
+        slope_there = (1 + zeta**2) * (u + step * slope) / (V + step) - zeta**2
+        return gaussian_kl(u + step * (slope + slope_there) / 2, V + step)
+
+    slope = (kl_after(h) - kl_after(-h)) / (2 * h)
+    assert slope == pytest.approx(zeta**2 / 2 * u * (1 / V - 1 / u) ** 2, abs=1e-8)
+
+
+@pytest.mark.parametrize("error", [-0.3, 0.2])
+def test_theory_11_2_score_error_bounds_the_error_of_the_samples(error):
+    """Girsanov's bound for N(0, 1), a score that is off by a factor, and three zeta."""
+    sigmas = np.geomspace(5, 0.1, 20001)
+    V, delta = 1 + sigmas**2, sigmas[:-1] ** 2 - sigmas[1:] ** 2
+    squares = error**2 / V                               # E|s - s*|^2 under q_sigma
+    integral = ((squares[:-1] + squares[1:]) / 2 * delta).sum()
+    by_loss = 2 * math.log(50) * (sigmas**2 * squares / 2).mean()        # geometric levels
+    assert by_loss == pytest.approx(integral / 2, rel=1e-3)
+    for zeta in (0.5, 1.0, 2.0):
+        u = 26.0 * 1.3                                   # a start that is too wide
+        for i in range(20000):
+            u += (zeta**2 - (1 + zeta**2) * (1 + error) * u / V[i]) * delta[i]
+        bound = (1 + zeta**2) ** 2 / (8 * zeta**2) * integral
+        assert 0.02 * bound < gaussian_kl(1.01, u) <= gaussian_kl(26, 26 * 1.3) + bound
+
+
+def test_theory_11_2_one_level_is_blind_to_the_shares():
+    """Shares 0.7 against 0.3 of modes at -m and m: the KL stays, the Fisher divergence goes."""
+    for m, expected in [(4.0, 5.8e-4), (6.0, 4.0e-8)]:
+        means, x = torch.tensor([[-m], [m]]).double(), (1.5 * LINE).requires_grad_()
+        log_q, log_r = [mixture_1d(w, means, 1.0).log_prob(x) for w in ([0.7, 0.3], [0.3, 0.7])]
+        difference = torch.autograd.grad((log_q - log_r).sum(), x, retain_graph=True)[0][:, 0]
+        weight = log_q.exp() * 27 / 36000
+        assert (weight * difference**2).sum().item() == pytest.approx(expected, rel=0.01)
+        assert (weight * (log_q - log_r)).sum().item() == pytest.approx(0.3389, rel=1e-3)
+
+
+def test_theory_11_2_scores_of_scaled_data():
+    """s of A x, at A y, is A^-T s of x with noise A^-1 eps: only a multiple of A keeps its form."""
+    x, sigma, A = normal(20, 2), 0.7, torch.tensor([[2.0, 0.5], [0.0, 0.3]]).double()
+    means, cov = normal(3, 2, seed=1), torch.tensor([[1.0, 0.3], [0.3, 0.5]]).double()
+    equal, eye, inverse = Categorical(torch.ones(3).double()), torch.eye(2).double(), A.inverse()
+
+    def score(x, means, cov):
+        x = x.detach().requires_grad_()
+        law = MixtureSameFamily(equal, MultivariateNormal(means, cov))
+        return torch.autograd.grad(law.log_prob(x).sum(), x)[0]
+
+    scaled = score(3 * x, 3 * means, 9 * cov + (3 * sigma) ** 2 * eye)
+    close(scaled, score(x, means, cov + sigma**2 * eye) / 3)
+    turned = score(x @ A.T, means @ A.T, A @ cov @ A.T + sigma**2 * eye)
+    close(turned, score(x, means, cov + sigma**2 * inverse @ inverse.T) @ inverse)
+
+
+def multistep(score, x, sigmas):
+    """theory.md 11.2, section 4.7.2: denoisers of two levels, one new call a step."""
+    D_before = h_before = None
+    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+        D, h = x + sigma**2 * score(x, sigma), math.log(sigma / sigma_next)
+        D_mean = D if D_before is None else D + h / (2 * h_before) * (D - D_before)
+        x = sigma_next / sigma * x + (1 - sigma_next / sigma) * D_mean
+        D_before, h_before = D, h
+    return x
+
+
+def test_dsm_2d_11_2_exponential_integrators(dsm_2d):
+    """N(0, 1) by DDIM, Heun, multistep: errors after 40 calls, and how 80 divide them."""
+    x, errors = normal(3, 1), []
+    exact = math.sqrt((0.01**2 + 1) / (10**2 + 1)) * x
+    for n in (40, 80):
+        levels, half = np.geomspace(10, 0.01, n + 1), np.geomspace(10, 0.01, n // 2 + 1)
+        ends = [dsm_2d.ancestral_sampling(gaussian(1), x, levels.tolist(), True)[-2],
+                dsm_2d.heun_sampling(gaussian(1), x, half.tolist())[-2],
+                multistep(gaussian(1), x, levels.tolist())]
+        errors.append([(end / exact - 1).mean().item() for end in ends])
+    assert errors[0] == pytest.approx([-0.042, 0.016, 0.0018], rel=0.02)
+    ratios = [few / many for few, many in zip(*errors)]
+    assert ratios == pytest.approx([2, 4, 4], rel=0.06)
+    step = dsm_2d.ancestral_step(mixed, normal(5, 2), 2.0, 1.2, ddim=True)
+    close(step, multistep(mixed, normal(5, 2), [2.0, 1.2]))              # the first one is DDIM
+
+
+def test_dsm_2d_11_2_churn_is_a_langevin_step(dsm_2d):
+    """Noise up to sigma_up and Heun's step back: x + eta/2 s + sqrt(eta) z, but for eta^(3/2)."""
+    x, z, differences = normal(50, 2), normal(50, 2, seed=1), []
+    for eta in (0.01, 0.0025):
+        up = math.sqrt(1 + eta)                          # from sigma = 1
+        churned = dsm_2d.heun_sampling(mixed, x + math.sqrt(eta) * z, [up, 1.0])[1]
+        langevin = x + eta / 2 * mixed(x, 1.0) + math.sqrt(eta) * z
+        differences.append((churned - langevin).abs().max().item())
+    assert differences[0] / differences[1] == pytest.approx(8, rel=0.1)
+
+
 def anchors(text):
     """GitHub's anchors of the headings of a Markdown text."""
     found = set()
