@@ -1695,6 +1695,106 @@ def test_dsm_homework_6_3_mala_acceptance(dsm_homework):
     assert acceptance == pytest.approx(formula, abs=0.02)
 
 
+@pytest.mark.parametrize("d", [1, 4])
+def test_theory_6_3_mean_and_variance_of_the_log_ratio(d):
+    """On N(0, V I): E L = -a and Var L = 2a (1 + (eta/V)^3/32) with a = (eta/V)^3 d/32."""
+    V, eta = 2.5, 3.0
+    law_ = MultivariateNormal(torch.zeros(d).double(), V * torch.eye(d).double())
+    x = law_.sample((50000,))
+    y = x - eta / 2 * x / V + math.sqrt(eta) * normal(50000, d, seed=1)
+    there, back = y - x + eta / 2 * x / V, x - y + eta / 2 * y / V
+    L = (there.square().sum(1) - back.square().sum(1)) / (2 * eta)
+    L = L + law_.log_prob(y) - law_.log_prob(x)
+    a = (eta / V) ** 3 * d / 32
+    within(L, torch.tensor(-a).double())
+    variance = 2 * a * (1 + (eta / V) ** 3 / 32)
+    within((L + a).square(), torch.tensor(variance).double(), se=5)
+
+
+def test_theory_6_1_fokker_planck():
+    """With q = N(0, 1) the known law of x_t solves the equation; with 003's sign it does not."""
+    def density(t, x):
+        variance = 1 + 0.5 * math.exp(-2 * t)
+        square = (x - 2 * math.exp(-t)) ** 2 / variance
+        return (-square / 2).exp() / math.sqrt(2 * math.pi * variance)
+
+    x = torch.linspace(-4, 5, 50, dtype=torch.float64, requires_grad=True)
+    p = density(0.3, x)
+    slope = torch.autograd.grad(p.sum(), x, create_graph=True)[0]
+    change = (density(0.3 + 1e-5, x) - density(0.3 - 1e-5, x)).detach() / 2e-5
+    for sign in (-1, 1):
+        flux = slope + sign * p * -x
+        right = torch.autograd.grad(flux.sum(), x, retain_graph=True)[0]
+        assert ((right - change).abs().max() < 1e-8).item() == (sign == -1)
+
+
+def test_theory_6_1_kl_falls():
+    """The equation's change of KL(p | q) is -E|grad log p - grad log q|^2, for two mixtures."""
+    x = LINE.clone().requires_grad_()
+    laws = [mixture_1d([0.3, 0.7], torch.tensor([[-2.0], [1.0]]).double(), 0.8),
+            mixture_1d([0.6, 0.4], torch.tensor([[-1.0], [1.5]]).double(), 1.3)]
+    log_p, log_q = [law_.log_prob(x) for law_ in laws]
+    s_p, s_q = [torch.autograd.grad(f.sum(), x, create_graph=True)[0][:, 0]
+                for f in (log_p, log_q)]
+    change = torch.autograd.grad((log_p.exp() * (s_p - s_q)).sum(), x)[0][:, 0]
+    falls = (change * (log_p - log_q)).sum().item()
+    assert falls == pytest.approx(-(log_p.exp() * (s_p - s_q) ** 2).sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sigma, barrier, time", [(0.1, 11.7, 2.0e5), (1.0, 5.6, 1.3e3)])
+def test_theory_6_2_barrier(sigma, barrier, time):
+    """Modes at -5 and 5 of width 1: mean time from one to the other, by a chain on a grid."""
+    x = torch.linspace(-13, 5, 4001, dtype=torch.float64)
+    means = torch.tensor([[-5.0], [5.0]]).double()
+    log_q = mixture_1d([0.5, 0.5], means, 1 + sigma**2).log_prob(x[:, None])
+    at_0 = mixture_1d([0.5, 0.5], means, 1 + sigma**2).log_prob(torch.zeros(1).double())
+    assert (log_q[-1] - at_0).item() == pytest.approx(barrier, abs=0.05)
+    half = (log_q.diff() / 2).exp().numpy() / (18 / 4000) ** 2
+    up, down = half, np.append(0, 1 / half[:-1] / (18 / 4000) ** 4)   # rates to the neighbours
+    bands = np.stack([np.append(0, up[:-1]), -up - down, np.append(down[1:], 0)])
+    times = scipy.linalg.solve_banded((1, 1), bands, -np.ones(4000))  # the end, x = 5, absorbs
+    assert np.interp(-5, x[:-1], times) == pytest.approx(time, rel=0.02)
+
+
+@pytest.mark.parametrize("power, exponent", [(0, 1), (1, 0), (-1, 2)])
+def test_dsm_homework_6_5_limit_and_slowest_axis(dsm_homework, power, exponent):
+    """M = C^power is stable below 4/eig_max; the axes differ by cond(C)^exponent, 2 for 003's."""
+    C = torch.tensor([[1.0, 0.3], [0.3, 0.2]]).double()
+    M = torch.linalg.matrix_power(C, power)
+    eig, axes = torch.linalg.eig(M @ C.inverse())
+    eig, axes = eig.real, axes.real.T
+
+    def score(x):
+        return -x @ C.inverse()
+
+    def factors(step, count):
+        """By which factor chains with the same noise that start apart along each axis differ."""
+        ends = []
+        for start in (axes, 0 * axes):
+            torch.manual_seed(1)
+            ends.append(dsm_homework.preconditioned_langevin(score, start, count, step, M))
+        return (ends[0] - ends[1]).norm(dim=1)
+
+    limit = 4 / eig.max().item()
+    assert factors(0.97 * limit, 100).max() < 0.5
+    assert factors(1.03 * limit, 100).max() > 100
+    slowest = factors(limit / 2, 1).max().item()
+    assert slowest == pytest.approx(1 - 1 / torch.linalg.cond(C).item() ** exponent, abs=1e-9)
+
+
+def test_theory_6_6_denoised_points_are_too_narrow():
+    """Three points: D = x + sigma^2 s has their variance minus the mean of Var(x | x_noisy)."""
+    q = mixture_1d([1.0, 1.0, 1.0], THREE_POINTS, 1.0).log_prob(LINE).exp()
+    posterior = (-(LINE - THREE_POINTS.T).square() / 2).softmax(1)
+    inner = posterior @ THREE_POINTS**2 - (posterior @ THREE_POINTS) ** 2
+    denoised = LINE + three_score(LINE, 1.0)
+    weight = q[:, None] * 18 / 36000
+    mean = (weight * denoised).sum()
+    variance = (weight * (denoised - mean) ** 2).sum()
+    close(variance, THREE_POINTS.var(correction=0) - (weight * inner).sum(), atol=1e-8, rtol=0)
+
+
+
 def rows(printed, name):
     """The numbers of the printed rows that begin with `name`, without the name."""
     lines = [line[len(name):] for line in printed.splitlines() if line.startswith(name)]
@@ -2716,6 +2816,16 @@ def test_sliced_sm_5_5_law_of_total_variance(sliced_sm, name, slices):
     assert measured[1] == pytest.approx(values[:3].mean(0).var().item())
 
 
+def test_theory_5_5_best_number_of_slices():
+    """Points cost a = 1.4, slices 1: of all m those of the text's formula have least variance."""
+    m = np.arange(1, 50)
+    for per_point, per_slice, best in [(29.6, 56.4 - 29.6, 1), (29.6, 399 - 29.6, 4)]:
+        variance = (per_point + per_slice / m) * (1.4 + m)
+        assert m[variance.argmin()] == best
+        assert math.sqrt(1.4 * per_slice / per_point) == pytest.approx(best, abs=0.5)
+
+
+
 def test_sliced_sm_5_4_variance_reduction_at_the_optimum(sliced_sm):
     """On N(0, I_d) with s = -x Gaussian slices add d(d - 2)/2 more to ssm: in d = 1 it is less."""
     for d in (1, 2, 5):
@@ -2895,6 +3005,36 @@ def test_sliced_sm_3_6_relu_and_finite_differences(sliced_sm):
     loss = sliced_sm.finite_difference_loss(model, x, draw=sliced_sm.rademacher, h=0.01)
     slope, = torch.autograd.grad(loss, theta)
     assert slope.item() == pytest.approx(-0.6482, abs=0.03)
+
+
+def test_sliced_sm_5_7_variance_of_finite_differences_at_a_kink(sliced_sm):
+    """For s = relu(x - theta) on N(0, 1) the gradient of fd_ssm has a variance near p(theta)/2h."""
+    x = normal(200000, 1, seed=12)
+    for h in (0.01, 0.04):
+        theta = torch.full_like(x, 0.3, requires_grad=True)
+
+        def model(y):
+            return (y - theta).relu()
+
+        values = sliced_sm.finite_difference_loss(model, x, 1, sliced_sm.rademacher, h,
+                                                  reduction="none")
+        slope, = torch.autograd.grad(values.sum(), theta)
+        p = math.exp(-0.045) / math.sqrt(2 * math.pi)
+        assert 2 * h * slope.var().item() == pytest.approx(p, rel=0.1)
+
+
+@pytest.mark.parametrize("slices", ["gaussian", "rademacher"])
+def test_sliced_sm_5_8_slices_only_add_variance(sliced_sm, slices):
+    """At one noisy point a slice of dsm has the mean of |e|^2/2 and adds |e|^4/2 (signs: less)."""
+    x, eps = normal(1, 4).expand(100000, 4), normal(1, 4, seed=1).expand(100000, 4)
+    values = sliced_sm.sliced_denoising_loss(torch.sin, x, eps, sliced_sm.draws[slices], 0.5,
+                                             reduction="none")
+    e = torch.sin(x[0] + 0.5 * eps[0]) + eps[0] / 0.5
+    square = e.square().sum()
+    expected = square**2 / 2 - (e**4).sum() / 2 * (slices == "rademacher")
+    within(values, square / 2)
+    within((values - square / 2) ** 2, expected, se=5)
+
 
 
 @pytest.mark.parametrize("eta", [0.1, 0.4])
@@ -3188,10 +3328,110 @@ def test_theory_4_1_to_4_3_denoising(sigma):
     assert loss == pytest.approx(0.5 * E((field - s) ** 2) + floor, abs=1e-8)
 
 
+def circle(variance):
+    """The unit circle with Gaussian noise, as a torch distribution."""
+    angle = torch.linspace(0, 2 * math.pi, 501, dtype=torch.float64)[:-1]
+    centres = torch.stack([angle.cos(), angle.sin()], 1)
+    noisy = MultivariateNormal(centres, variance * torch.eye(2).double())
+    return MixtureSameFamily(Categorical(torch.ones(500).double()), noisy)
+
+
+@pytest.mark.parametrize("tau, sigma", [(0, 0.05), (0.01, 0.1), (0.03, 0.03), (0.06, 0.01)])
+def test_theory_4_3_floor_near_a_circle(tau, sigma):
+    """sigma^2 phi is 1/2 on it, and 1/2 + tau^2/(2 (sigma^2 + tau^2)) for data spread by tau."""
+    variance = sigma**2 + tau**2
+    width = 8 * math.sqrt(variance)
+    r = torch.linspace(1 - width, 1 + width, 1001, dtype=torch.float64)
+    x = torch.stack([r, 0 * r], 1).requires_grad_()
+    log_q = circle(variance).log_prob(x)
+    s = torch.autograd.grad(log_q.sum(), x)[0]
+    weight = r * log_q.detach().exp()                       # the radius under q_sigma
+    power = (weight * s.square().sum(1)).sum() / weight.sum()
+    expected = 0.5 + tau**2 / (2 * variance)
+    assert (2 - sigma**2 * power.item()) / 2 == pytest.approx(expected, abs=0.004)
+
+
+@pytest.mark.parametrize("sigma, expected", [(0.1, -50.3), (0.05, -200.3), (0.025, -800.3)])
+def test_theory_4_4_score_at_a_fixed_point(sigma, expected):
+    """At radius 1.5 the score of the noisy unit circle grows as 1/sigma^2."""
+    x = torch.tensor([[1.5, 0.0]], dtype=torch.float64, requires_grad=True)
+    s = torch.autograd.grad(circle(sigma**2).log_prob(x).sum(), x)[0]
+    assert s[0].tolist() == pytest.approx([expected, 0], abs=0.05)
+
+
+def test_theory_4_3_floor_of_few_points_vanishes():
+    """Three points: sigma^2 phi falls to 0 below their spacing; a density would have 1/2."""
+    shares = []
+    for sigma in (0.5, 0.2, 0.05):
+        q = mixture_1d([1.0, 1.0, 1.0], THREE_POINTS, sigma**2).log_prob(LINE).exp()
+        power = (q * three_score(LINE, sigma)[:, 0] ** 2).sum().item() * 18 / 36000
+        shares.append((1 - sigma**2 * power) / 2)
+    assert shares[0] > 0.1 > 0.02 > shares[1] > 1e-6 > abs(shares[2])
+
+
+def slopes(a, sigma, x, eps):
+    """Gradient in a of |s + eps/sigma|^2/2 with s = -a x_noisy, at each point."""
+    a = torch.full_like(x, a, requires_grad=True)
+    loss = (-a * (x + sigma * eps) + eps / sigma).square().sum() / 2
+    return torch.autograd.grad(loss, a)[0]
+
+
+def test_theory_4_4_weight_and_density_of_levels():
+    """Mean: lambda p only. Second moment: the sum of g^2 E|gradient|^2/p, least for the best p."""
+    a, levels = 0.4, torch.tensor([2.0, 0.5, 0.2]).double()
+    g, measured = torch.tensor([0.2, 0.5, 0.3]).double(), []
+    b, c = a * levels**2 - 1, 2 * a * levels - 1 / levels
+    square = 3 * a**2 + 3 * b**2 + 2 * a * b + c**2
+    mean = (g * (a * (1 + levels**2) - 1)).sum()
+    best = g * square.sqrt() / (g * square.sqrt()).sum()
+    for p in (torch.ones(3).double() / 3, g, best):
+        i = torch.multinomial(p, 200000, replacement=True)
+        x, eps = normal(200000, seed=1), normal(200000, seed=2)
+        values = (g / p)[i] * slopes(a, levels[i], x, eps)
+        within(values, mean)
+        within(values.square(), (g**2 / p * square).sum(), se=5)
+        measured.append(values.var().item())
+    assert measured[2] < 0.95 * min(measured[:2])
+
+
+@pytest.mark.parametrize("sigma, ratio", [(0.01, 0.0005), (0.1, 0.05), (0.3, 0.38), (1.0, 1.54),
+                                          (3.0, 1.98)])
+def test_dsm_2d_4_5_price_of_mirrored_noise(dsm_2d, sigma, ratio):
+    """Variance of the gradient from eps and -eps, and from two eps, for N(0, I) and s = -a x."""
+    a, x, n = 0.5 / (1 + sigma**2), normal(100000, 2, seed=3), 100000
+    slope = torch.full((n, 1), a, dtype=torch.float64, requires_grad=True)
+
+    def model(x, log_sigma):
+        return -torch.cat([slope, slope]) * x
+
+    loss = dsm_2d.dsm_loss_multi_sigma(model, x, torch.tensor([sigma]).double())
+    pair = n * torch.autograd.grad(loss, slope)[0][:, 0]
+    two = [sigma**2 * slopes(a, sigma, x, normal(n, 2, seed=i)).sum(1) for i in (1, 2)]
+    two = (two[0] + two[1]) / 2
+    b, c = a * sigma**4 - sigma**2, 2 * a * sigma**3 - sigma
+    expected = torch.tensor([2 * a**2 * sigma**4 + 2 * b**2,
+                             2 * a**2 * sigma**4 + b**2 + c**2 / 2]).double()
+    centred = torch.stack([pair - pair.mean(), two - two.mean()], 1)
+    within(centred.square(), 2 * expected, se=5)              # two coordinates
+    assert (expected[0] / expected[1]).item() == pytest.approx(ratio, rel=0.03)
+
+
+def test_theory_4_6_noise_prediction():
+    """DDPM's E|eps - b x_t|^2 is 2 sigma^2 (excess + floor) of s = -b x_t/sigma, on N(0, V)."""
+    alpha, sigma, V, b = 0.6, 0.8, 1.5, 0.5
+    eps = normal(200000, seed=1)
+    x_t = alpha * math.sqrt(V) * normal(200000) + sigma * eps
+    variance = alpha**2 * V + sigma**2
+    excess = (b / sigma - 1 / variance) ** 2 * variance / 2
+    floor = alpha**2 * V / (2 * sigma**2 * variance)
+    within((eps - b * x_t).square(), torch.tensor(2 * sigma**2 * (excess + floor)).double())
+
+
+
 def test_theory_4_1_fisher_is_not_kl():
     """Data N(0, 1), model exp(-theta x^4/4): KL is least at 1/3, the Fisher divergence at 1/5."""
-    x = torch.linspace(-9, 9, 4001, dtype=torch.float64)
-    theta = torch.linspace(0.1, 0.5, 4001, dtype=torch.float64)[:, None]
+    x = torch.linspace(-9, 9, 601, dtype=torch.float64)
+    theta = torch.linspace(0.1, 0.5, 2001, dtype=torch.float64)[:, None]
     p = (-x**2 / 2).exp() / (-x**2 / 2).exp().sum()
     kl = (p * theta * x**4 / 4).sum(1) + torch.logsumexp(-theta * x**4 / 4, 1)
     fisher = (p * (-theta * x**3 + x).square()).sum(1)
