@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import warnings
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -3786,6 +3785,23 @@ def test_theory_11_2_one_level_is_blind_to_the_shares():
         weight = log_q.exp() * 27 / 36000
         assert (weight * difference**2).sum().item() == pytest.approx(expected, rel=0.01)
         assert (weight * (log_q - log_r)).sum().item() == pytest.approx(0.3389, rel=1e-3)
+
+
+@pytest.mark.parametrize("w", [0.5, 1.0])
+def test_theory_11_2_guided_score_is_no_noised_score(w):
+    """Class N(0, 1), all N(0, 4): the score of q(x|y)^(1+w)/q(x)^w, and the variance it implies."""
+    a, b = 1.0, 4.0
+    x = normal(20, 1).requires_grad_()
+    for sigma in [0.0, 1.0, 1000.0]:
+        of_class = normal_law(0.0, a + sigma**2).log_prob(x)
+        of_all = normal_law(0.0, b + sigma**2).log_prob(x)
+        score, = torch.autograd.grad(((1 + w) * of_class - w * of_all).sum(), x)
+        V = 1 / ((1 + w) / (a + sigma**2) - w / (b + sigma**2))
+        close(score, -x.detach() / V)
+        if sigma == 0:
+            assert V == pytest.approx(a * b / ((1 + w) * b - w * a))
+        if sigma == 1000:
+            assert V - sigma**2 == pytest.approx((1 + w) * a - w * b, abs=1e-3)
 
 
 def test_theory_11_2_scores_of_scaled_data():
