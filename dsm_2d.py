@@ -257,15 +257,15 @@ class ScoreMLP(nn.Module):
 
 # %% Loss
 # Add noise to a data point. The target is the arrow from the noisy point back to the clean one,
-# divided by sigma^2: (x - x_noisy) / sigma^2 = -eps / sigma. Many clean points can lie behind one
+# divided by sigma^2: (x - noisy_x) / sigma^2 = -eps / sigma. Many clean points can lie behind one
 # noisy point, each with its own arrow. Trained on squared errors, the network learns their mean,
 # and this mean is the score of the noisy data. For the target is a gradient with respect to
-# x_noisy, that of log q(x_noisy | x) with q(x_noisy | x) = N(x_noisy; x, sigma^2 I), and its mean
+# noisy_x, that of log q(noisy_x | x) with q(noisy_x | x) = N(noisy_x; x, sigma^2 I), and its mean
 # is
-#     sum over x of p(x | x_noisy) grad log q(x_noisy | x)
-#   = sum over x of p(x) q(x_noisy | x) grad log q(x_noisy | x) / q_sigma(x_noisy)    (Bayes)
-#   = sum over x of p(x) grad q(x_noisy | x) / q_sigma(x_noisy)          since q grad log q = grad q
-#   = grad q_sigma(x_noisy) / q_sigma(x_noisy) = grad log q_sigma(x_noisy)   (theory.md 4.1).
+#     sum over x of p(x | noisy_x) grad log q(noisy_x | x)
+#   = sum over x of p(x) q(noisy_x | x) grad log q(noisy_x | x) / q_sigma(noisy_x)    (Bayes)
+#   = sum over x of p(x) grad q(noisy_x | x) / q_sigma(noisy_x)          since q grad log q = grad q
+#   = grad q_sigma(noisy_x) / q_sigma(noisy_x) = grad log q_sigma(noisy_x)   (theory.md 4.1).
 def level_weight(sigma, w_mode):
     """lambda(sigma) of a number or (B,). Targets have size 1/sigma; sigma^2 makes up for that."""
     power = {"none": 0, "sigma": 1, "sigma2": 2, "inv_sigma2": -2}[w_mode]
@@ -283,9 +283,9 @@ def dsm_loss_multi_sigma(model, x, sigmas, w_mode="sigma2"):
     x = torch.cat([x, x])                                      # (2B, 2)
     sigma = torch.cat([sigma, sigma])
     eps = torch.cat([eps, -eps])
-    x_noisy = x + sigma[:, None] * eps
+    noisy_x = x + sigma[:, None] * eps
     target = -eps / sigma[:, None]
-    squared_error = (model(x_noisy, sigma.log()) - target).square().sum(dim=1)
+    squared_error = (model(noisy_x, sigma.log()) - target).square().sum(dim=1)
     return (0.5 * level_weight(sigma, w_mode) * squared_error).mean()
 
 
@@ -304,8 +304,8 @@ def loss_floor(sigmas, w_mode):
     """
     floors = []
     for sigma in sigmas.tolist():
-        x_noisy = sample_data(500) + sigma * torch.randn(500, 2)
-        score_square = exact_score(x_noisy, sigma).square().sum(dim=1).mean()
+        noisy_x = sample_data(500) + sigma * torch.randn(500, 2)
+        score_square = exact_score(noisy_x, sigma).square().sum(dim=1).mean()
         target_square = 2 / sigma**2                     # in 2-D |eps|^2 has the mean 2
         floors.append(0.5 * level_weight(sigma, w_mode) * (target_square - score_square))
     return torch.stack(floors).mean().item()
@@ -645,10 +645,10 @@ fig.savefig(os.path.join(args.outdir, "quiver.png"))
 # default 15 times too long.
 fig, axs = plt.subplots(1, 3, figsize=(10, 4.1))
 x_clean = sample_data(1500)
-x_noisy = x_clean + viz_sigma * torch.randn(1500, 2)
+noisy_x = x_clean + viz_sigma * torch.randn(1500, 2)
 names = ["noisy", "one step", "000's step"]
 for ax, name, step_size, colour in zip(axs, names, [0, eta, 0.15], [GREY, ORANGE, ORANGE]):
-    x_step = x_noisy + step_size * score(x_noisy, viz_sigma)
+    x_step = noisy_x + step_size * score(noisy_x, viz_sigma)
     distance = (x_step - x_clean).square().sum(dim=1).mean().item()
     dots(ax, x_clean, BLUE)
     dots(ax, x_step, colour)

@@ -4,7 +4,7 @@
     training     minimise the mean of |s(x + sigma eps) + eps/sigma|^2 over networks s; the best is
                  the score of the noisy data, grad log q_sigma, an arrow to where they are denser
     sampling     x + eta/2 s(x) + sqrt(eta) z, many times, with small eta and fresh z ~ N(0, I):
-                 a step along the arrow, and noise
+                 half a step along the arrow, and noise
 
     python dsm_homework.py                       # look at out_dsm_homework/grid.png
     python dsm_homework.py --sigma 0.3 --eta 0.05
@@ -606,10 +606,10 @@ def measure_level(matcher, x):
     sigma = matcher.sigma.item()
     noisy_sets = fresh_projections(sigma)
     noisy_floor = mean_sw2(fresh_projections(sigma), noisy_sets)
-    x_noisy = sample_data(5000)
-    x_noisy += sigma * torch.randn_like(x_noisy)
+    noisy_x = sample_data(5000)
+    noisy_x += sigma * torch.randn_like(noisy_x)
     return {
-        "error": relative_error(matcher, x_noisy),
+        "error": relative_error(matcher, noisy_x),
         "plane": relative_error(matcher, plane(60)),
         "noisy": mean_sw2([sorted_projections(x)], noisy_sets) / noisy_floor,
         "clean": mean_sw2([sorted_projections(x)], fresh_clean) / clean_floor,

@@ -396,7 +396,7 @@ def score(x):
     return model(x)
 
 
-def langevin_dynamics(score, x, eta, K):
+def langevin_dynamics(score, x, K, eta):
     """K times x + eta/2 s(x) + sqrt(eta) z, from x (B, d)."""
     for _ in range(K):
         z = torch.randn_like(x)
@@ -407,7 +407,7 @@ def langevin_dynamics(score, x, eta, K):
 sample_sets = []
 for _ in tqdm(range(4), desc="sampling", leave=False):   # one set says little about a distance
     x_start = model.mean + model.std * torch.randn(args.n_samples, 2)
-    sample_sets.append(langevin_dynamics(score, x_start, args.eta, args.K))
+    sample_sets.append(langevin_dynamics(score, x_start, args.K, args.eta))
 samples = sample_sets[-1]                                # (n_samples, 2)
 if not torch.isfinite(torch.cat(sample_sets)).all():
     sys.exit("the Langevin chains ran away, for the learned score does not lead back to the data: "

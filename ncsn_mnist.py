@@ -15,8 +15,8 @@
     python ncsn_mnist.py --data_dir FOLDER --labels          # digits on demand, 0 1 2 ... 9 0 1 ...
     python ncsn_mnist.py --load out_ncsn_mnist/model.pt --digit 7 --outdir out_7       # then sevens
 
-The run on MNIST takes about 20 minutes on two cores, less where they have bfloat16, most of it for
-training (Python 3.11, torch 2.13.0). Its last line:
+The run on MNIST takes about 20 minutes on two cores (an estimate), less where they have bfloat16,
+most of it for training (Python 3.11, torch 2.13.0). Its last line:
 
     data=mnist ... calls=64 loss_vs_linear=0.3872 nn_samples=9.24 nn_real=8.6 train_s=...
 
@@ -842,8 +842,8 @@ model.requires_grad_(False)                              # trained: no more grad
 
 # %% Sampling
 # As in dsm_2d.py: a sampler takes a score, images x at the first level, and the levels (a list,
-# descending), and returns all states on the way, the last at sigma = 0. (Only the homework's is a
-# method of its class.)
+# descending), and returns all states on the way, the last at sigma = 0. (The homework's, a method
+# of its class, returns the end alone, and so does run_sampler.)
 def score(x, sigma, label=None):
     """The learned score of q_sigma, (B, 1, H, W), at the level nearest to the number sigma.
 
@@ -917,6 +917,7 @@ def langevin_step(score, x, sigma, kappa):
 def predictor_corrector(score, x, sigmas, kappa):
     """At each level the corrector, a Langevin step, then the predictor, DDPM's step to the next.
 
+    (dsm_2d.py begins with the predictor, and has no corrector at the first level.)
     003 adds noise of the size sigma_next in the second, which is too much (theory.md 7.4).
     """
     path = [x]
@@ -990,7 +991,7 @@ np.save(os.path.join(args.outdir, "samples.npy"), samples.numpy())
 def network_losses(x, label=None):
     """sigma^2/2 |s(x + sigma eps) + eps/sigma|^2 of the network, a mean over images x: (T,).
 
-    label: that of the images, (B,), or None. (With the 1/2 of the other scripts.)
+    label: that of the images, (B,), or None. (With the 1/2 of dsm_2d.py.)
     """
     losses = []
     for sigma in levels:
