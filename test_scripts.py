@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -5290,15 +5290,15 @@ def test_ncsn_mnist_held_out_losses_know_the_true_labels(labelled):
 
 
 def test_ncsn_mnist_extra_shows_digits_on_demand(labelled):
-    """The last row of its table, that of w = 3; the spread is 1 for real digits."""
-    x, label = labelled.x_data, labelled.train_labels
-    read = label[torch.cdist(labelled.images.flatten(1), x.flatten(1)).argmin(1)]
+    """The last row of its table, that of w = 3: share, and correlation of all pairs of a digit."""
+    x, digits = labelled.x_data, labelled.train_labels
+    read = digits[torch.cdist(labelled.images.flatten(1), x.flatten(1)).argmin(1)]
     share = (read == torch.arange(200) % 10).double().mean().item()
-    spreads = [0, 0]
-    for i, (images, digits) in enumerate([(labelled.images, labelled.label), (x, label)]):
-        for digit in range(10):
-            spreads[i] += np.var(images[digits == digit].numpy(), axis=0, ddof=1).mean() / 10
-    row = f"        3 {share:16.1%} {spreads[0] / spreads[1]:11.2f}"
+    correlations = []
+    for digit in range(10):
+        same = labelled.images[labelled.label == digit].flatten(1).numpy()
+        correlations += [np.mean([scipy.stats.pearsonr(a, b)[0] for a, b in combinations(same, 2)])]
+    row = f"        3 {share:16.1%} {np.mean(correlations):8.2f}"
     assert row in labelled.printed.splitlines()
     pixels = plt.imread(Path(labelled.args.outdir) / "digits_on_demand.png")
     assert pixels.std() > 0.1
