@@ -123,7 +123,7 @@ for name in ["digit", "guidance"]:
                      "labels")
 if args.load and args.resume:
     parser.error("argument --load: not allowed with argument --resume")
-if args.load and not os.path.isfile(args.load):
+if args.load is not None and not os.path.isfile(args.load):
     parser.error(f"argument --load: there is no file {args.load}")
 if args.resume and not os.path.isfile(checkpoint_path):
     parser.error(f"argument --resume: there is no checkpoint.pt in {args.outdir}")
@@ -1236,6 +1236,7 @@ if args.labels:
     fig, axs = plt.subplots(1, 3, figsize=(10, 4.4))
     print(f"\n guidance    read as asked    alike (real digits: {real_likeness:.2f})")
     for ax, w in zip(axs, [0.0, args.guidance, 3.0]):
+        torch.manual_seed(args.seed + 3)                 # the same noise on the way, too
         images = generate("ancestral", x, levels, label, w).clamp(-1, 1)
         share = (read_digits(images) == label).float().mean().item()
         alike = likeness(images, label)

@@ -5359,3 +5359,11 @@ def test_ncsn_mnist_broken_label_files(wrong, tmp_path, capsys):
     refused("--data_dir", flags + " --labels", tmp_path / "out", capsys)
     assert not (tmp_path / "out").exists()
     assert len(run("ncsn_mnist", flags, "Model", tmp_path / "out").x_data) == 5
+
+
+def test_ncsn_mnist_load_of_no_name(capsys, tmp_path):
+    """An empty variable in --load "$WEIGHTS" is a mistake, not a wish to train."""
+    argv = ["ncsn_mnist.py", "--load", "", "--outdir", str(tmp_path / "out")]
+    with mock.patch.object(sys, "argv", argv), pytest.raises(SystemExit) as stop:
+        exec(compile(cells("ncsn_mnist", "Data"), "ncsn_mnist.py", "exec"), {})
+    assert stop.value.code == 2 and "argument --load:" in capsys.readouterr().err
