@@ -4101,6 +4101,11 @@ def test_ncsn_mnist_one_langevin_step_of_the_class(homework):
     torch.manual_seed(3)
     start = 0.4 * torch.randn(5, 2, generator=generator(3))
     close(ncsn.sample(5, num_steps=0), start)
+    torch.manual_seed(3)
+    own_step = ncsn.sample(5, num_steps=1)   # eta = 0.8 sigma_max^2
+    torch.manual_seed(3)
+    close(own_step, ncsn.sample(5, num_steps=1, eps=0.8 * 0.4**2), rtol=1e-5, atol=1e-6)
+    assert (own_step - ncsn.sample(5, num_steps=1, eps=1.0 * 0.4**2)).abs().max() > 0.1
 
 
 def test_ncsn_mnist_sample_has_the_homeworks_defaults(homework):
