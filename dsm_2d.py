@@ -261,11 +261,11 @@ class ScoreMLP(nn.Module):
 # noisy point, each with its own arrow. Trained on squared errors, the network learns their mean,
 # and this mean is the score of the noisy data. For the target is a gradient with respect to
 # noisy_x, that of log q(noisy_x | x) with q(noisy_x | x) = N(noisy_x; x, sigma^2 I), and its mean
-# is
+# is (theory.md 4.1)
 #     sum over x of p(x | noisy_x) grad log q(noisy_x | x)
-#   = sum over x of p(x) q(noisy_x | x) grad log q(noisy_x | x) / q_sigma(noisy_x)    (Bayes)
-#   = sum over x of p(x) grad q(noisy_x | x) / q_sigma(noisy_x)          since q grad log q = grad q
-#   = grad q_sigma(noisy_x) / q_sigma(noisy_x) = grad log q_sigma(noisy_x)   (theory.md 4.1).
+#   = sum over x of p(x) q(noisy_x | x) grad log q(noisy_x | x) / q_sigma(noisy_x)     (Bayes)
+#   = sum over x of p(x) grad q(noisy_x | x) / q_sigma(noisy_x)         since q grad log q = grad q
+#   = grad q_sigma(noisy_x) / q_sigma(noisy_x) = grad log q_sigma(noisy_x)
 def level_weight(sigma, w_mode):
     """lambda(sigma) of a number or (B,). Targets have size 1/sigma; sigma^2 makes up for that."""
     power = {"none": 0, "sigma": 1, "sigma2": 2, "inv_sigma2": -2}[w_mode]

@@ -18,7 +18,7 @@
 The run on MNIST takes about 20 minutes on two cores (an estimate), less where they have bfloat16,
 most of it for training (Python 3.11, torch 2.13.0). Its last line:
 
-    data=mnist ... calls=64 loss_vs_linear=0.3872 nn_samples=9.24 nn_real=8.6 train_s=...
+    data=mnist ... calls=64 loss_vs_linear=0.387 nn_samples=9.23 nn_real=8.6 train_s=...
 
 loss_vs_linear is the error on held-out images divided by that of the best linear denoiser, a
 (geometric) mean over the levels: below 1 is better than linear. nn_samples is the median distance
@@ -796,7 +796,6 @@ except OSError as error:
 if not os.access(args.outdir, os.W_OK):
     parser.error(f"argument --outdir: cannot write to {args.outdir}")
 
-
 x_data = x_data.to(device)
 interval = max(1, steps // 40)                           # steps between two checkpoints
 steps_done = first_step
@@ -1147,7 +1146,7 @@ fig.savefig(os.path.join(args.outdir, "training.png"))
 
 
 # %% Extra: which sampler?
-# All four from the same noise. Their cost is the number of calls of the network.
+# All four from the same start. Their cost is the number of calls of the network.
 rows = []
 row_names = []
 label = None if asked is None else asked[:20]

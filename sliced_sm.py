@@ -466,7 +466,7 @@ def score(x):
 
 
 def langevin_dynamics(score, x, K, eta):
-    """K steps x + eta/2 s(x) + sqrt(eta) z from x (B, d)."""
+    """K times x + eta/2 s(x) + sqrt(eta) z, from x (B, d)."""
     for _ in range(K):
         z = torch.randn_like(x)
         x = x + eta / 2 * score(x) + math.sqrt(eta) * z

@@ -335,6 +335,7 @@ SHARED = [   # first and last line of what scripts have letter for letter, if th
     ("def number(kind, low, high):", "    return parse"),
     ("in_notebook = ", "args = parser"),
     ("try:  ", "    parser.error(f\"argument --outdir: cannot write"),
+    ("#     sum over x of p(x | noisy_x)", "#   = grad q_sigma(noisy_x)"),
     ("def sorted_projections(x):", "    return (x @ directions)"),
     ("def mean_sw2(sets, other_sets):", "    return np.mean(distances)"),
     ("BLUE, ORANGE, GREY = ", "plt.rcParams.update("),
@@ -1413,7 +1414,7 @@ def test_dsm_homework_sample_starts_from_the_uniform_law(matcher_class):
 
 
 def test_dsm_homework_tweedie(dsm_homework):
-    """With the exact score the step is the mean of x given x_noisy: nothing is left to explain."""
+    """With the exact score the step is the mean of x given noisy_x: nothing is left to explain."""
     x = moons(0.0).sample((4000,))
 
     def score_model(x):
@@ -1782,7 +1783,7 @@ def test_dsm_homework_6_5_limit_and_slowest_axis(dsm_homework, power, exponent):
 
 
 def test_theory_6_6_denoised_points_are_too_narrow():
-    """Three points: D = x + sigma^2 s has their variance minus the mean of Var(x | x_noisy)."""
+    """Three points: D = x + sigma^2 s has their variance minus the mean of Var(x | noisy_x)."""
     q = mixture_1d([1.0, 1.0, 1.0], THREE_POINTS, 1.0).log_prob(LINE).exp()
     posterior = (-(LINE - THREE_POINTS.T).square() / 2).softmax(1)
     inner = posterior @ THREE_POINTS**2 - (posterior @ THREE_POINTS) ** 2
@@ -3369,14 +3370,14 @@ def test_theory_4_3_floor_of_few_points_vanishes():
 
 
 def slopes(a, sigma, x, eps):
-    """Gradient in a of |s + eps/sigma|^2/2 with s = -a x_noisy, at each point."""
+    """Gradient in a of |s + eps/sigma|^2/2 with s = -a noisy_x, at each point."""
     a = torch.full_like(x, a, requires_grad=True)
     loss = (-a * (x + sigma * eps) + eps / sigma).square().sum() / 2
     return torch.autograd.grad(loss, a)[0]
 
 
 def test_theory_4_4_weight_and_density_of_levels():
-    """Mean: lambda p only. Second moment: the sum of g^2 E|gradient|^2/p, least for the best p."""
+    """Mean: lambda nu only. Second moment: the sum of g^2 E|gradient|^2/nu, least for the best."""
     a, levels = 0.4, torch.tensor([2.0, 0.5, 0.2]).double()
     g, measured = torch.tensor([0.2, 0.5, 0.3]).double(), []
     b, c = a * levels**2 - 1, 2 * a * levels - 1 / levels
