@@ -1,4 +1,4 @@
-"""Tests of the scripts: pytest -q -n 2 test_scripts.py (two minutes on two cores)
+"""Tests of the scripts: pytest -q -n 2 test_scripts.py (80 s on two cores)
 
 A script is one flat file without a main(), so it is tested by running it with tiny settings: once
 as a command, once as a notebook cell, once in this process, where what it defines is compared with
@@ -34,6 +34,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import pdist
@@ -114,12 +115,17 @@ def cells(name, until=None):
     return before
 
 
+def undrawn():
+    """While it lasts, pictures are made and saved, but stay white: half of a tiny run is drawing."""
+    return mock.patch.object(Figure, "draw", lambda figure, renderer: None)
+
+
 def execute(name, text, flags="", outdir=None):
     """What a script's text defines, run in this process with tiny settings but for `flags`."""
     names = {"__name__": "__main__"}
     outdir = str(outdir or tempfile.mkdtemp(dir=scratch.name))
     argv = [f"{name}.py", "--outdir", outdir, *TINY[name].split(), *flags.split()]
-    with mock.patch.object(sys, "argv", argv):
+    with mock.patch.object(sys, "argv", argv), undrawn():
         exec(compile(text, str(HERE / f"{name}.py"), "exec"), names)
     plt.close("all")
     return SimpleNamespace(**names)
@@ -136,6 +142,36 @@ def run_whole(name, flags=""):
         script = run(name, flags, until=None)
     script.printed = output.getvalue()
     return script
+
+
+def with_default(text, flag, value):
+    """A script's text with another default of a flag, as a reader edits it in a notebook."""
+    line = re.search(rf'^parser\.add_argument\("{flag}".*$', text, re.M)[0]
+    default = re.search(r'default=("?)[^",)]+"?', line)
+    if default:
+        quote = default[1]
+        edited = line.replace(default[0], f"default={quote}{value}{quote}")
+    else:
+        edited = line.replace(f'"{flag}"', f'"{flag}", default={value}')
+    return text.replace(line, edited)
+
+
+def pasted_script(name):
+    """What a script defines as a notebook cell, with its output `printed` and its open `figures`.
+
+    The command line is the kernel's; the tiny settings are written into the text.
+    """
+    text = cells(name)
+    words = TINY[name].split() + ["--outdir", tempfile.mkdtemp(dir=scratch.name)]
+    for flag, value in zip(words[::2], words[1::2]):
+        text = with_default(text, flag, value)
+    cell = {"__name__": "__main__"}   # no __file__
+    with (mock.patch.object(sys, "argv", ["colab_kernel_launcher.py", "-f", "kernel.json"]),
+          contextlib.redirect_stdout(io.StringIO()) as output, undrawn()):
+        exec(compile(text, str(HERE / f"{name}.py"), "exec"), cell)
+    figures = plt.get_fignums()
+    plt.close("all")
+    return SimpleNamespace(**cell, printed=output.getvalue(), figures=figures)
 
 
 def class_text(name, class_name):
@@ -229,8 +265,19 @@ def test_all_pictures_show_something(command):
         assert colourful or command.name in IMAGES and grey, name
 
 
-def test_all_same_command_gives_same_bytes(command, request):
-    """The same settings give the same samples.npy in another process, whatever ran in it before."""
+def test_all_movies_show_each_state_and_rest_at_the_last(command):
+    """0.1 s for each of the 7 states; the equal frames at the end are stored as a longer one."""
+    for name in OUTPUT[command.name][1]:
+        if name.endswith(".gif"):
+            with Image.open(command.outdir / name) as movie:
+                durations = [frame.info["duration"] for frame in ImageSequence.Iterator(movie)]
+                assert movie.info["loop"] == 0
+            assert durations[:6] == 6 * [100] and 7 <= len(durations) <= 8
+            assert durations[-1] >= 700
+
+
+def test_all_same_settings_give_same_bytes(command, request):
+    """The command's samples.npy is that of the notebook cell, whatever its process did before."""
     twin = Path(request.getfixturevalue(command.name).args.outdir)
     assert (twin / "samples.npy").read_bytes() == (command.outdir / "samples.npy").read_bytes()
 
@@ -245,40 +292,20 @@ def test_all_other_seed_gives_other_samples(name, request):
     assert all((a != b).any() for a, b in zip(here.model.parameters(), there.model.parameters()))
 
 
-def with_default(text, flag, value):
-    """A script's text with another default of a flag, as a reader edits it in a notebook."""
-    line = re.search(rf'^parser\.add_argument\("{flag}".*$', text, re.M)[0]
-    default = re.search(r'default=("?)[^",)]+"?', line)
-    if default:
-        quote = default[1]
-        edited = line.replace(default[0], f"default={quote}{value}{quote}")
-    else:
-        edited = line.replace(f'"{flag}"', f'"{flag}", default={value}')
-    return text.replace(line, edited)
-
-
 @pytest.mark.parametrize("name", TINY)
-def test_all_notebook_cell(name, tmp_path):
+def test_all_notebook_cell(name, request):
     """Pasted into a notebook a script ignores the kernel's argv and leaves names and figures."""
-    text = cells(name)
-    words = TINY[name].split()
-    for flag, value in zip(words[::2] + ["--outdir"], words[1::2] + [tmp_path]):
-        text = with_default(text, flag, value)
-    cell = {"__name__": "__main__"}   # no __file__
-    with mock.patch.object(sys, "argv", ["colab_kernel_launcher.py", "-f", "kernel.json"]):
-        exec(text, cell)
-    figures = plt.get_fignums()
-    plt.close("all")
+    cell = request.getfixturevalue(name)
     pictures = [picture for picture in OUTPUT[name][1] if not picture.endswith(".gif")]
-    assert len(figures) == len(pictures) == len(list(tmp_path.glob("*.png")))   # a movie is closed
-    fields = ["score"] if name in IMAGES else ["score", "exact_score"]
-    assert {"args", "x_data", "model", "samples", *fields} <= set(cell)
-    assert cell["samples"].shape == OUTPUT[name][0]
-    x = cell["x_data"][:5]
-    place = [x] if name in ONE_DENSITY else [x, getattr(cell["args"], "sigma", 0.5)]
-    for field in fields:
-        s = cell[field](*place)
-        assert s.shape == x.shape and torch.isfinite(s).all()
+    files = contents(cell.args.outdir)
+    assert sorted(file for file in files if file.endswith(".png")) == pictures
+    assert len(cell.figures) == len(pictures)   # a movie is closed
+    assert cell.samples.shape == OUTPUT[name][0]
+    x = cell.x_data[:5]
+    place = [x] if name in ONE_DENSITY else [x, getattr(cell.args, "sigma", 0.5)]
+    for field in ["score"] if name in IMAGES else ["score", "exact_score"]:
+        s_x = getattr(cell, field)(*place)
+        assert s_x.shape == x.shape and torch.isfinite(s_x).all()
 
 
 @pytest.mark.parametrize("name, flags", [(name, flags) for name in BAD for flags in BAD[name]])
@@ -307,28 +334,17 @@ def test_all_outdir_that_is_a_file(name, tmp_path, capsys):
     assert file.read_text() == "ten years of work"
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_all_bad_setting_as_a_command(name, tmp_path):
-    """In a terminal a wrong setting ends in status 2 and a message, not a traceback."""
-    words = [sys.executable, str(HERE / f"{name}.py"), "--seed", "-1"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stdout == "" and os.listdir(tmp_path) == []
-    assert done.stderr.startswith("usage:") and "argument --seed:" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_all_lesson_without_extras(name, request, capsys):
-    """With every Extra cut out: the same samples, and the same summary but for its times."""
-    script = request.getfixturevalue(name)
-    text = re.sub(r"^# %% Extra.*?(?=^# %% )", "", cells(name), flags=re.S | re.M)
-    assert "Extra" not in text and "# %% Result" in text
-    lesson = execute(name, text)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert (contents(lesson.args.outdir)["samples.npy"]
-            == contents(script.args.outdir)["samples.npy"])
-    assert re.sub(r"\w+_s=\S+", "", last).split() == [
-        f"{key}={value}" for key, value in script.summary.items() if not key.endswith("_s")]
+def test_all_lesson_alone(command, capsys):
+    """Without pictures and extras: the same samples, and the same summary but for its times."""
+    lesson, _, rest = cells(command.name).partition("\n# %% Pictures\n")
+    result = rest.partition("\n# %% Result\n")[2]
+    assert "Extra" not in lesson and "summary" in result
+    alone = execute(command.name, lesson + "\n" + result)
+    assert (contents(alone.args.outdir)["samples.npy"]
+            == contents(command.outdir)["samples.npy"])
+    last_lines = [capsys.readouterr().out.splitlines()[-1], command.done.stdout.splitlines()[-1]]
+    here, there = [re.sub(r"\w+_s=\S+", "", line).split() for line in last_lines]
+    assert here == there
 
 
 SHARED = [   # first and last line of what scripts have letter for letter, if they have it
@@ -383,7 +399,7 @@ SPREAD = {"circles": 0.06, "moons": 0.06, "swiss_roll": 0.03}
 
 @pytest.fixture(scope="session")
 def dsm_2d():
-    return run_whole("dsm_2d")
+    return pasted_script("dsm_2d")
 
 
 @pytest.fixture(scope="session", params=DATA)
@@ -1073,14 +1089,6 @@ def test_dsm_2d_reported_sw2_is_that_of_the_samples(dsm_2d):
     assert dsm_2d.sw2_floor == pytest.approx(floor, rel=0.25)
 
 
-def test_dsm_2d_movie_shows_each_state_and_rests_at_the_last(dsm_2d):
-    """0.1 s for each of the 7 states; the equal frames at the end are stored as a longer one."""
-    with Image.open(Path(dsm_2d.args.outdir) / "generation.gif") as movie:
-        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(movie)]
-        assert movie.info["loop"] == 0
-    assert durations[:6] == 6 * [100] and 7 <= len(durations) <= 8 and durations[-1] >= 700
-
-
 # %% dsm_2d.py: extras
 def learned_field(x, sigma):
     """A field that is no gradient: its divergence is 2 x_1 + cos x_2 + sigma."""
@@ -1237,7 +1245,7 @@ def test_dsm_2d_7_5_network_is_a_ddpm(dsm_2d):
 # %% dsm_homework.py: note 001 task 2
 @pytest.fixture(scope="session")
 def dsm_homework():
-    return run_whole("dsm_homework")
+    return pasted_script("dsm_homework")
 
 
 @pytest.fixture(scope="session")
@@ -1353,9 +1361,8 @@ def test_dsm_homework_4_3_floor_is_the_loss_of_the_exact_score(dsm_homework, sig
     loss = (exact + eps / sigma).square().sum(1).mean().item()
     floor = 2 / sigma**2 - dsm_homework.score_power(sigma)
     assert floor == pytest.approx(loss, rel=0.03)
-    expected = 2 / 0.1**2 - dsm_homework.score_power(0.1)
-    assert dsm_homework.floor_of_loss == pytest.approx(expected, rel=0.02)
-
+    if sigma == dsm_homework.args.sigma:
+        assert dsm_homework.floor_of_loss == pytest.approx(floor, rel=0.02)
 
 
 @pytest.mark.parametrize("factor, error", [(1, 0), (0, 1), (1.3, 0.3)])
@@ -1838,7 +1845,7 @@ def test_dsm_homework_6_5_printed_tables(dsm_homework):
 # %% implicit_sm.py: data and its exact score
 @pytest.fixture(scope="session")
 def implicit_sm():
-    return run_whole("implicit_sm")
+    return pasted_script("implicit_sm")
 
 
 def mixture(means, weights, stds):
@@ -2566,7 +2573,7 @@ def curved(x):
 
 @pytest.fixture(scope="session")
 def sliced_sm():
-    return run_whole("sliced_sm")
+    return pasted_script("sliced_sm")
 
 
 def dense_jacobians(score_fn, x):
@@ -3906,7 +3913,7 @@ def test_theory_names_exist():
 # %% ncsn_mnist.py: note 001 task 3
 @pytest.fixture(scope="session")
 def ncsn_mnist():
-    return run_whole("ncsn_mnist")
+    return pasted_script("ncsn_mnist")
 
 
 @pytest.fixture(scope="session")
@@ -4935,13 +4942,9 @@ def test_ncsn_mnist_sheet_has_each_image_in_its_place(ncsn_mnist):
     plt.close("all")
 
 
-def test_ncsn_mnist_movie_shows_each_state_and_rests_at_the_last(ncsn_mnist):
-    """100 ms for each of the 7 states; the equal frames at the end are stored as a longer one."""
-    with Image.open(Path(ncsn_mnist.args.outdir) / "annealing.gif") as movie:
-        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(movie)]
-    assert durations[:6] == 6 * [100] and 7 <= len(durations) <= 8 and durations[-1] >= 1000
-    as_bright_as_digits = ncsn_mnist.start[:24] / 10
-    torch.testing.assert_close(ncsn_mnist.path[0], as_bright_as_digits)
+def test_ncsn_mnist_path_is_as_bright_as_digits(ncsn_mnist):
+    """Where sigma > 1 it is shown in units of sigma; 7 states."""
+    torch.testing.assert_close(ncsn_mnist.path[0], ncsn_mnist.start[:24] / 10)
     assert len(ncsn_mnist.path) == 7
 
 
@@ -5295,7 +5298,7 @@ def test_ncsn_mnist_held_out_losses_know_the_true_labels(labelled):
     torch.testing.assert_close(labelled.held_out_label, labelled.test_labels[:250])
 
 
-def test_ncsn_mnist_extra_shows_digits_on_demand(labelled):
+def test_ncsn_mnist_extra_shows_digits_on_demand(labelled, tmp_path):
     """The last row of its table, that of w = 3: share, and correlation of all pairs of a digit."""
     x, digits = labelled.x_data, labelled.train_labels
     read = digits[torch.cdist(labelled.images.flatten(1), x.flatten(1)).argmin(1)]
@@ -5306,8 +5309,8 @@ def test_ncsn_mnist_extra_shows_digits_on_demand(labelled):
         correlations += [np.mean([scipy.stats.pearsonr(a, b)[0] for a, b in combinations(same, 2)])]
     row = f"        3 {share:16.1%} {np.mean(correlations):8.2f}"
     assert row in labelled.printed.splitlines()
-    pixels = plt.imread(Path(labelled.args.outdir) / "digits_on_demand.png")
-    assert pixels.std() > 0.1
+    labelled.fig.savefig(tmp_path / "digits_on_demand.png")   # this time drawn
+    assert plt.imread(tmp_path / "digits_on_demand.png").std() > 0.1
 
 
 def test_ncsn_mnist_sevens_are_compared_with_sevens(labelled, capsys):
