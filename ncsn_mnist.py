@@ -15,15 +15,17 @@
     python ncsn_mnist.py --data_dir FOLDER --labels          # digits on demand, 0 1 2 ... 9 0 1 ...
     python ncsn_mnist.py --load out_ncsn_mnist/model.pt --digit 7 --outdir out_7       # then sevens
 
+(With --load give the --data or --data_dir of that run, too.)
+
 The run on MNIST takes about 20 minutes on two cores (an estimate), less where they have bfloat16,
 most of it for training (Python 3.11, torch 2.13.0). Its last line:
 
     data=mnist ... calls=64 loss_vs_linear=0.387 nn_samples=9.23 nn_real=8.6 train_s=...
 
 loss_vs_linear is the error on held-out images divided by that of the best linear denoiser, a
-(geometric) mean over the levels: below 1 is better than linear. nn_samples is the median distance
-of the samples to their nearest neighbour among the training images, nn_real that of held-out
-images: good samples are within a fifth of it, copies would have 0. With --labels also
+(geometric) mean over the levels: 2.2 before training, 1 would be as good as linear. nn_samples is
+the median distance of the samples to their nearest neighbour among the training images, nn_real
+that of held-out images: good is within a fifth of nn_real, copies would have 0. With --labels also
 read_as_asked, the share of samples whose nearest training image shows the digit that was asked for,
 beside real_as_labelled, the same of held-out images and their labels: good is 0.95.
 
@@ -63,8 +65,8 @@ def number(kind, low, high):
     return parse
 
 
-# The homework wants fewer than 8 blocks, a rate of at most 1e-3 and at most 30 epochs. We have 8,
-# but on fewer pixels, higher rates, and therefore (on MNIST, without a GPU) 4 epochs.
+# The homework wants fewer than 8 blocks, a rate of at most 1e-3 and at most 30 epochs. We have 8
+# blocks, but on fewer pixels, and higher rates: with them 4 epochs are enough (a GPU has 40).
 parser = argparse.ArgumentParser(description="A noise conditional score network on MNIST",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--data", default="auto", choices=["auto", "mnist", "digits"],
@@ -72,7 +74,7 @@ parser.add_argument("--data", default="auto", choices=["auto", "mnist", "digits"
 parser.add_argument("--data_dir",
                     help="folder of MNIST's IDX files, raw or .gz (None: from openml.org)")
 parser.add_argument("--labels", action="store_true",
-                    help="train with labels (with four in five); sample i is of digit i %% 10")
+                    help="train with labels of the digits; sample i is of digit i %% 10")
 parser.add_argument("--net", default="resnet", choices=["resnet", "unet"],
                     help="resnet: after 001's network; unet: after 003's")
 parser.add_argument("--filters", type=number(int, 1, 1024),
@@ -114,7 +116,7 @@ parser.add_argument("--resume", action="store_true",
                     help="go on from checkpoint.pt in --outdir; give the settings of that run")
 parser.add_argument("--outdir", default="out_ncsn_mnist", help="folder for pictures and results")
 in_notebook = "kernel_launcher" in sys.argv[0]      # there the command line is the kernel's
-args = parser.parse_args([] if in_notebook else None)
+args = parser.parse_args([] if in_notebook else None)  # in a notebook: ["--seed", "1"] for []
 checkpoint_path = os.path.join(args.outdir, "checkpoint.pt")
 for name in ["digit", "guidance"]:
     value = getattr(args, name)
@@ -253,10 +255,119 @@ print(f"{dataset}: images {tuple(x_data.shape)}, mean {mean:.3f}, standard devia
       f"{sigma_data:.3f}, on {device} in {'bfloat16' if bf16 else 'float32'}")
 
 
+# %% Optimizer
+# AdamW divides each entry of a gradient by its usual size. Muon takes the gradient of a layer as a
+# matrix, and makes the step go equally far in all (singular) directions of this matrix, also where
+# the gradient is small. (This and the next cell are not about scores: the lesson goes on at Noise
+# levels.)
+def orthogonalized(matrix):
+    """The matrix (n, m) with its singular values between 0.7 and 1.2, but for tiny ones.
+
+    The polynomial 3.4445 x - 4.775 x^3 + 2.0315 x^5, applied five times, brings numbers from 0.002
+    to 1 there. Written in matrices, as here, it acts on the singular values.
+    """
+    x = matrix.to(torch.bfloat16 if bf16 else torch.float32)
+    x = x / (x.norm() + 1e-7)                            # singular values are 1 at most
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are orthogonalized (Jordan et al. 2024), for kernels of convolutions.
+
+    A kernel is taken as the matrix (out, in * height * width). torch.optim.Muon without weight
+    decay is the same, but for matrices only, and always in bfloat16: ten times slower on processors
+    that have to imitate such numbers.
+    """
+
+    def __init__(self, kernels, lr):
+        super().__init__(kernels, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for kernel in group["params"]:
+                state = self.state[kernel]               # a dict, empty at first
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(kernel)
+                state["momentum"].lerp_(kernel.grad, 0.05)               # a mean over 20 steps
+                ahead = torch.lerp(kernel.grad, state["momentum"], 0.95)     # Nesterov's momentum
+                matrix = ahead.flatten(1)
+                scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5     # tall ones go further
+                step = scale * orthogonalized(matrix)
+                kernel -= group["lr"] * step.view_as(kernel)
+
+
+# %% Checkpoints
+# A run can be continued (--resume) from its last checkpoint. That holds everything on which the
+# next step depends, and the settings, so that nobody continues another run.
+run_settings = {"data": dataset, "device": device.type}
+for name in ["labels", "net", "T", "sigma_min", "sigma_max", "filters", "blocks", "epochs", "batch",
+             "lr", "lr_muon", "seed"]:
+    run_settings[name] = getattr(args, name)
+
+
+def save_checkpoint(parts, step, history):
+    """Write checkpoint.pt under another name first: what stands there is always whole."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"settings": run_settings, "step": step, "history": history,
+              "rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    torch.save(state, checkpoint_path + ".new")
+    os.replace(checkpoint_path + ".new", checkpoint_path)
+
+
+def read_file(flag, path):
+    """The dict that torch.save wrote to path; if there is none, the run ends in one line."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no dict")
+        return content
+    except Exception as error:                           # a file cut short raises many kinds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        parser.error(f"argument {flag}: {path} is missing or not whole ({reason})")
+
+
+def load_weights(flag, path, model, weights):
+    """Put weights, a state_dict, into the model, if they are of such a model, data and levels."""
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        parser.error(f"argument {flag}: {path} is of another --data, --net, --filters, --blocks, "
+                     f"--T or --labels ({reason})")
+    same_levels = torch.allclose(model.sigmas.cpu(), sigmas)
+    same_mean = torch.allclose(model.score_model.mean.cpu(), mean, atol=1e-4)
+    if not (same_levels and same_mean):
+        parser.error(f"argument {flag}: {path} was trained on other --data, --sigma_min or "
+                     "--sigma_max")
+
+
+def resume(parts):
+    """Put the last checkpoint into the parts.  -> its step, its history"""
+    state = read_file("--resume", checkpoint_path)
+    settings = state.get("settings", {})
+    for name, value in run_settings.items():
+        if settings.get(name) != value:
+            parser.error(f"argument --resume: the run in {checkpoint_path} has --{name} "
+                         f"{settings.get(name)}, this one {value}")
+    load_weights("--resume", checkpoint_path, parts["model"], state["model"])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["step"], state["history"]
+
+
 # %% Noise levels
 # At the largest level all images drown in the same noise, and at the smallest the eye sees none.
-# (001 takes 10 levels. Between these limits the noise would be halved from one to the next, which
-# is too coarse. And it counts them upwards, from 1 to T: index 0 is its T.)
+# From one level to the next the noise shrinks by a fifth. (001's 10 levels would halve it, which is
+# too coarse. What 001 calls level T, the largest, has index 0 here.)
 levels = np.geomspace(args.sigma_max, args.sigma_min, args.T).tolist()      # descending
 sigmas = torch.tensor(levels)                                               # (T,)
 
@@ -364,10 +475,13 @@ class ConditionedSimpleResnet(nn.Module):
 
 
 # What the network is trained on, the target -eps/sigma of the loss below, has the size 50 at
-# sigma = 0.02 and 0.1 at sigma = 10, and networks are best with numbers of size 1. So, as in
-# dsm_2d.py, a formula makes a first guess: were the images a Gaussian of standard deviation
-# sigma_data, noisy ones would be one of total = sqrt(sigma^2 + sigma_data^2), with the score
-# -(noisy_x - mean)/total^2. The net answers what this misses, in a unit that fits the level.
+# sigma = 0.02 and 0.1 at sigma = 10, and networks are best with numbers of size 1. Could the net
+# answer -eps? At large sigma it would have to copy its input, which is nearly all noise, and each
+# small error of the copy would be sigma times as large in the guess of the clean image. So a
+# formula does the copying. Were the images a Gaussian of standard deviation sigma_data, noisy ones
+# would be a Gaussian of standard deviation total = sqrt(sigma^2 + sigma_data^2), with the score
+# -(noisy_x - mean)/total^2. That is the first guess. The net answers what it misses, in a unit that
+# fits the level.
 class PreconditionedScore(nn.Module):
     """score_model(x, y, label=None) -> score, from a net that sees and answers numbers of size 1.
 
@@ -382,7 +496,7 @@ class PreconditionedScore(nn.Module):
         self.bf16 = bf16
         # Buffers are saved with the weights, but not trained.
         self.register_buffer("mean", mean.clone())
-        # If the mean is 0, what the guess misses of the target is
+        # The size of the net's task (with the mean 0): target minus first guess is
         #     -eps/sigma + noisy_x/total^2
         #   = -eps/sigma + (x + sigma eps)/total^2
         #   = x/total^2 - eps sigma_data^2/(sigma total^2).
@@ -464,21 +578,11 @@ class NoiseConditionedScoreNetwork(nn.Module):
         return {"total_loss": self(x, label).mean(dim=0).sum()}
 
     @torch.no_grad()
-    def annealed_langevin_dynamics(self, x, num_steps, eps):
-        """At each level num_steps of x + eta/2 s + sqrt(eta) z, eta = eps sigma_t^2/sigma_max^2."""
-        for t, sigma in enumerate(self.sigmas.tolist()):
-            eta = eps * (sigma / self.sigmas[0].item()) ** 2
-            y = torch.full((len(x),), t, device=x.device)
-            for _ in range(num_steps):
-                z = torch.randn_like(x)
-                x = x + eta / 2 * self.score_model(x, y) + math.sqrt(eta) * z
-        return x
-
-    @torch.no_grad()
     def sample(self, num_samples=64, num_steps=100, eps=None):
         """Annealed Langevin dynamics from N(0, sigma_max^2 I).  -> (num_samples, *input_shape)
 
-        For the hand-in: this script starts and ends its samplers in the cell Sampling.
+        At each level num_steps of x + eta/2 s + sqrt(eta) z with eta = eps sigma_t^2/sigma_max^2.
+        (The homework asks for this method. This script samples in its cell Sampling.)
 
         eps = None stands for 0.8 sigma_max^2: then the step at level t is 0.4 sigma_t^2 s, long
         enough to come down from the noise of the level above (theory.md 8.4). 001's eps = 0.1 suits
@@ -488,7 +592,13 @@ class NoiseConditionedScoreNetwork(nn.Module):
         if eps is None:
             eps = 0.8 * self.sigmas[0].item() ** 2
         x = self.sigmas[0] * torch.randn(num_samples, *self.input_shape, device=self.device)
-        return self.annealed_langevin_dynamics(x, num_steps, eps)
+        for t, sigma in enumerate(self.sigmas.tolist()):
+            eta = eps * (sigma / self.sigmas[0].item()) ** 2
+            y = torch.full((num_samples,), t, device=self.device)
+            for _ in range(num_steps):
+                z = torch.randn_like(x)
+                x = x + eta / 2 * self.score_model(x, y) + math.sqrt(eta) * z
+        return x
 
 
 # This script's weight is 1/unit^2 = (sigma total/sigma_data)^2; the unit is PreconditionedScore's.
@@ -496,10 +606,12 @@ class NoiseConditionedScoreNetwork(nn.Module):
 # level. (With the homework's weight such an error would count in proportion to
 # sigma_data^2/total^2: 1 at the smallest levels, 0.004 at the largest.)
 weights = sigmas**2 * (sigmas**2 + sigma_data**2) / sigma_data**2
-weights = weights / x_data[0].numel()                    # the class sums over pixels
-# The levels are drawn around sigma = 0.9, two thirds of them between 0.3 and 3 (log-normal). Which
-# digit it will be is decided at 1 to 3, and what goes wrong there cannot be mended further down.
-# (In all, a level counts in proportion to weight times probability.)
+# The class sums over pixels, we want a mean. (This only makes the printed loss readable: both
+# optimizers take the same steps, whatever common factor the gradients have.)
+weights = weights / x_data[0].numel()
+# Most draws are spent where a digit takes shape: two thirds of them between 0.3 and 3 (log-normal,
+# around 0.9). Above, all digits look alike; below, what went wrong cannot be mended any more. (In
+# all, a level counts in proportion to weight times probability.)
 probs = torch.exp(-0.5 * ((sigmas / 0.9).log() / 1.2) ** 2)
 
 
@@ -589,115 +701,6 @@ class UNet(nn.Module):
         return F.pixel_shuffle(x, 2)                     # (B, channels, 28, 28)
 
 
-# %% Optimizer
-# AdamW divides each entry of a gradient by its usual size. Muon takes the gradient of a layer as a
-# matrix, and makes the step go equally far in all (singular) directions of this matrix, also where
-# the gradient is small. (Nothing here is about scores; skip it at first reading.)
-def orthogonalized(matrix):
-    """The matrix (n, m) with its singular values between 0.7 and 1.2, but for tiny ones.
-
-    The polynomial 3.4445 x - 4.775 x^3 + 2.0315 x^5, applied five times, brings numbers from 0.002
-    to 1 there. Written in matrices, as here, it acts on the singular values.
-    """
-    x = matrix.to(torch.bfloat16 if bf16 else torch.float32)
-    x = x / (x.norm() + 1e-7)                            # singular values are 1 at most
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x.to(matrix.dtype)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalized (Jordan et al. 2024), for kernels of convolutions.
-
-    A kernel is taken as the matrix (out, in * height * width). torch.optim.Muon without weight
-    decay is the same, but for matrices only, and always in bfloat16: ten times slower on processors
-    that have to imitate such numbers.
-    """
-
-    def __init__(self, kernels, lr):
-        super().__init__(kernels, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for kernel in group["params"]:
-                state = self.state[kernel]               # a dict, empty at first
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(kernel)
-                state["momentum"].lerp_(kernel.grad, 0.05)               # a mean over 20 steps
-                ahead = torch.lerp(kernel.grad, state["momentum"], 0.95)     # Nesterov's momentum
-                matrix = ahead.flatten(1)
-                scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5     # tall ones go further
-                step = scale * orthogonalized(matrix)
-                kernel -= group["lr"] * step.view_as(kernel)
-
-
-# %% Checkpoints
-# A run can be continued (--resume) from its last checkpoint. That holds everything on which the
-# next step depends, and the settings, so that nobody continues another run. (Nothing here is about
-# scores; skip it at first reading.)
-run_settings = {"data": dataset, "device": device.type}
-for name in ["labels", "net", "T", "sigma_min", "sigma_max", "filters", "blocks", "epochs", "batch",
-             "lr", "lr_muon", "seed"]:
-    run_settings[name] = getattr(args, name)
-
-
-def save_checkpoint(parts, step, history):
-    """Write checkpoint.pt under another name first: what stands there is always whole."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"settings": run_settings, "step": step, "history": history,
-              "rng": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state()
-    torch.save(state, checkpoint_path + ".new")
-    os.replace(checkpoint_path + ".new", checkpoint_path)
-
-
-def read_file(flag, path):
-    """The dict that torch.save wrote to path; if there is none, the run ends in one line."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise ValueError("it holds no dict")
-        return content
-    except Exception as error:                           # a file cut short raises many kinds
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        parser.error(f"argument {flag}: {path} is missing or not whole ({reason})")
-
-
-def load_weights(flag, path, model, weights):
-    """Put weights, a state_dict, into the model, if they are of such a model, data and levels."""
-    try:
-        model.load_state_dict(weights)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        parser.error(f"argument {flag}: {path} is of another --data, --net, --filters, --blocks, "
-                     f"--T or --labels ({reason})")
-    same_levels = torch.allclose(model.sigmas.cpu(), sigmas)
-    same_mean = torch.allclose(model.score_model.mean.cpu(), mean, atol=1e-4)
-    if not (same_levels and same_mean):
-        parser.error(f"argument {flag}: {path} was trained on other --data, --sigma_min or "
-                     "--sigma_max")
-
-
-def resume(parts):
-    """Put the last checkpoint into the parts.  -> its step, its history"""
-    state = read_file("--resume", checkpoint_path)
-    settings = state.get("settings", {})
-    for name, value in run_settings.items():
-        if settings.get(name) != value:
-            parser.error(f"argument --resume: the run in {checkpoint_path} has --{name} "
-                         f"{settings.get(name)}, this one {value}")
-    load_weights("--resume", checkpoint_path, parts["model"], state["model"])
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["step"], state["history"]
-
-
 # %% Training
 # Two optimizers, and an average of the weights, which will be used in the end.
 # args.labels: do we have labels of the images?  knows_labels: has the network learned from labels?
@@ -713,7 +716,7 @@ if args.load:
             parser.error(f"argument --{name}: the weights in {args.load} know no labels")
 if knows_labels and args.guidance is None:
     args.guidance = 0.2
-num_labels = NO_LABEL if knows_labels else 0
+num_labels = 10 if knows_labels else 0                   # NO_LABEL is the eleventh
 
 if args.net == "resnet":
     net = ConditionedSimpleResnet(1, 1, args.filters, args.blocks, args.T, num_labels)
@@ -736,7 +739,7 @@ def held_out_loss(model):
 
 
 def moving_average(old, new, n):
-    """Averaged weights, exponentially: over the last few steps at first, over about 500 later."""
+    """Exponentially averaged weights: over the last ninth of all steps, at most over 500."""
     decay = min(0.998, (1 + n.item()) / (10 + n.item()))
     return torch.lerp(old, new, 1 - decay)
 
@@ -834,15 +837,15 @@ except KeyboardInterrupt:
         print(f"The same command with --resume goes on from the checkpoint of step {steps_saved}.")
 train_s = time.time() - started
 if not args.load:
-    model.load_state_dict(ema.module.state_dict())       # from here on the averaged weights
+    # From here on model, and score_model in it, has the averaged weights.
+    model.load_state_dict(ema.module.state_dict())
     torch.save(model.state_dict(), os.path.join(args.outdir, "model.pt"))
 model.requires_grad_(False)                              # trained: no more gradients
 
 
 # %% Sampling
 # As in dsm_2d.py: a sampler takes a score, images x at the first level, and the levels (a list,
-# descending), and returns all states on the way, the last at sigma = 0. (The homework's, a method
-# of its class, returns the end alone, and so does run_sampler.)
+# descending), and returns all states on the way, the last at sigma = 0.
 def score(x, sigma, label=None):
     """The learned score of q_sigma, (B, 1, H, W), at the level nearest to the number sigma.
 
@@ -908,6 +911,7 @@ def langevin_step(score, x, sigma, kappa):
     """x + eta/2 s + sqrt(eta) z with eta = 2 kappa sigma^2.
 
     Where the score is about -x/sigma^2, x is multiplied by 1 - kappa: from kappa = 2 on it grows.
+    (The homework's step, with its eps = 2 kappa sigma_max^2.)
     """
     noise = math.sqrt(2 * kappa) * sigma * torch.randn_like(x)
     return x + kappa * sigma**2 * score(x, sigma) + noise
@@ -916,8 +920,8 @@ def langevin_step(score, x, sigma, kappa):
 def predictor_corrector(score, x, sigmas, kappa):
     """At each level the corrector, a Langevin step, then the predictor, DDPM's step to the next.
 
-    (dsm_2d.py begins with the predictor, and has no corrector at the first level.)
-    003 adds noise of the size sigma_next in the second, which is too much (theory.md 7.4).
+    (dsm_2d.py begins with the predictor, and has no corrector at the first level.) 003's predictor
+    adds noise of the size sigma_next, which is too much (theory.md 7.4).
     """
     path = [x]
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
@@ -929,24 +933,26 @@ def predictor_corrector(score, x, sigmas, kappa):
     return path
 
 
+def annealed_langevin_dynamics(score, x, sigmas, K, kappa):
+    """003 section 4.3.3: walk K steps at each level, then denoise."""
+    path = []
+    for sigma in sigmas:
+        for _ in range(K):
+            x = langevin_step(score, x, sigma, kappa)
+        path.append(x)
+    path.append(denoise(score, x, sigmas[-1]))
+    return path
+
+
 def run_sampler(name, score, x, levels):
-    """Clean images (n, 1, H, W), by the sampler of that name, from x at levels[0].
-
-    ald is the homework's: the method of the class, down all its levels, and a denoising step.
-    """
+    """The states of the sampler of that name; the last are clean images (n, 1, H, W)."""
     if name == "ancestral":
-        return ancestral_sampling(score, x, levels)[-1]
+        return ancestral_sampling(score, x, levels)
     if name == "ddim":
-        return ancestral_sampling(score, x, levels, ddim=True)[-1]
+        return ancestral_sampling(score, x, levels, ddim=True)
     if name == "ald":
-        def score_by_index(x, y):                        # the class tells levels by their index
-            return score(x, levels[y[0].item()])
-
-        eps = 2 * args.kappa * levels[0] ** 2            # so that the step is kappa sigma^2 s
-        ncsn = NoiseConditionedScoreNetwork(score_by_index, input_shape, levels)
-        x = ncsn.annealed_langevin_dynamics(x, args.K, eps)
-        return denoise(score, x, levels[-1])
-    return predictor_corrector(score, x, levels, args.kappa)[-1]
+        return annealed_langevin_dynamics(score, x, levels, args.K, args.kappa)
+    return predictor_corrector(score, x, levels, args.kappa)
 
 
 def generate(name, x, levels, label=None, w=0):
@@ -955,7 +961,7 @@ def generate(name, x, levels, label=None, w=0):
     for i in tqdm(range(0, len(x), 250), desc=f"sampling ({name})", leave=False):
         chunk = x[i:i + 250].to(device)
         chunk_score = score if label is None else guided_score(label[i:i + 250].to(device), w)
-        ends.append(run_sampler(name, chunk_score, chunk, levels).cpu())
+        ends.append(run_sampler(name, chunk_score, chunk, levels)[-1].cpu())
     return torch.cat(ends)
 
 
@@ -1033,9 +1039,11 @@ def read_digits(images):
     return train_labels[indices[:, 0].cpu()]
 
 
-real = x_test
-if args.labels and args.digit is not None:
+real, real_name = x_test, "held-out images"
+if args.digit is not None and args.labels:
     real = x_test[test_labels == args.digit]             # to compare sevens with sevens
+elif args.digit is not None:
+    real_name += " (of all digits; with --labels of this one)"
 torch.manual_seed(args.seed + 2)                         # the same noise after every sampler
 # (With --labels the network is told the labels, which the linear denoiser does not know.)
 held_out_label = test_labels[:250].to(device) if args.labels else None
@@ -1048,7 +1056,7 @@ print("\nsigma^2/2 |s + eps/sigma|^2 on 250 held-out images (good: below the lin
       " sigma    network    linear")
 for sigma, a, b in zip(levels, learned, linear):
     print(f"{sigma:6.3g} {a:10.2f} {b:9.2f}")
-print(f"median distance to the nearest training image: samples {nn_samples:.2f}, held-out images "
+print(f"median distance to the nearest training image: samples {nn_samples:.2f}, {real_name} "
       f"{nn_real:.2f} (good: within a fifth; a copy has 0)")
 
 summary = {"data": dataset, "seed": args.seed, "net": args.net,

@@ -116,7 +116,7 @@ def cells(name, until=None):
 
 
 def undrawn():
-    """While it lasts, pictures are made and saved, but stay white: half of a tiny run is drawing."""
+    """While it lasts, pictures are saved, but stay white: half of a tiny run is drawing."""
     return mock.patch.object(Figure, "draw", lambda figure, renderer: None)
 
 
@@ -356,6 +356,7 @@ SHARED = [   # first and last line of what scripts have letter for letter, if th
     ("def mean_sw2(sets, other_sets):", "    return np.mean(distances)"),
     ("BLUE, ORANGE, GREY = ", "plt.rcParams.update("),
     ("def dots(ax, x, colour):", "    ax.scatter("),
+    ("def annealed_langevin_dynamics(", "    return path"),
     ("print(f\"\\npictures in", "print(\" \".join("),
     ("# What `uv run` installs", "# ///"),
 ]
@@ -4101,11 +4102,11 @@ def test_ncsn_mnist_one_langevin_step_of_the_class(homework):
     def score_model(x, y):
         return 7 - x
 
-    x = normal(5, 2)
     ncsn = homework.NoiseConditionedScoreNetwork(score_model, (2,), [0.4])
     torch.manual_seed(2)
-    step = x + 0.15 * (7 - x) + math.sqrt(0.3) * normal(5, 2, seed=2)
-    close(ncsn.annealed_langevin_dynamics(x, 1, 0.3), step)
+    x, z = 0.4 * torch.randn(5, 2), torch.randn(5, 2)
+    torch.manual_seed(2)
+    close(ncsn.sample(5, 1, 0.3), x + 0.15 * (7 - x) + math.sqrt(0.3) * z, rtol=1e-6, atol=1e-6)
     torch.manual_seed(3)
     start = 0.4 * torch.randn(5, 2, generator=generator(3))
     close(ncsn.sample(5, num_steps=0), start)
@@ -4492,7 +4493,7 @@ def test_ncsn_mnist_an_epoch_shows_each_image_once_in_an_order_of_its_own():
         "loss = training_step(x,", "history.setdefault('x', []).append(x)\n"
         "        loss = training_step(x,")
     batches = torch.cat(execute("ncsn_mnist", text).history["x"]).view(2, 1500, 64)
-    data = execute("ncsn_mnist", cells("ncsn_mnist", until="Model")).x_data.view(1500, 64)
+    data = execute("ncsn_mnist", cells("ncsn_mnist", until="Optimizer")).x_data.view(1500, 64)
     orders = torch.cdist(batches, data).argmin(2)
     for order in orders:
         assert torch.equal(data[order].sort(0).values, data.sort(0).values)
@@ -4729,9 +4730,15 @@ def mixed_in_1d(x, sigma):
     return (torch.tanh(x) - x) / (1 + sigma**2)
 
 
-def expected_variances(name, u, sigmas, v, kappa):
+def expected_variances(name, u, sigmas, v, kappa, K):
     """Those of the states of a sampler that starts with the variance u."""
-    variances = [u]
+    variances = []
+    if name == "ald":
+        for sigma in sigmas:
+            u = after_langevin(u, sigma, v, kappa, K)
+            variances.append(u)
+        return variances + [u * (v / (sigmas[-1] ** 2 + v)) ** 2]
+    variances.append(u)
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
         if name == "pc":
             u = after_langevin(u, sigma, v, kappa, 1)
@@ -4742,45 +4749,17 @@ def expected_variances(name, u, sigmas, v, kappa):
     return variances + [u * (v / (sigmas[-1] ** 2 + v)) ** 2]
 
 
-def states(script, name, score, x, sigmas):
-    """Those of the sampler of that name."""
-    if name == "pc":
-        return script.predictor_corrector(score, x, sigmas, script.args.kappa)
-    return script.ancestral_sampling(score, x, sigmas, ddim=name == "ddim")
-
-
 @pytest.mark.parametrize("v", [0, 0.3, 2])
-@pytest.mark.parametrize("name", ["pc", "ancestral", "ddim"])
+@pytest.mark.parametrize("name", ["ald", "pc", "ancestral", "ddim"])
 def test_ncsn_mnist_7_3_sampler_variances(ncsn_mnist, name, v):
     """Every state has the variance that theory.md 7 and 8 predict; a point (v = 0) is found."""
     sigmas = [3.0, 2.0, 1.0, 0.6, 0.2]
     x = 4 * normal(20000, 1, seed=1)   # not the numbers that the sampler draws
-    path = states(ncsn_mnist, name, gaussian(v), x, sigmas)
+    path = ncsn_mnist.run_sampler(name, gaussian(v), x, sigmas)
     variances = [state.square().mean().item() for state in path]
-    expected = expected_variances(name, 16.0, sigmas, v, ncsn_mnist.args.kappa)
+    args = ncsn_mnist.args
+    expected = expected_variances(name, 16.0, sigmas, v, args.kappa, args.K)
     assert variances == pytest.approx(expected, rel=0.04, abs=1e-20)   # 4 SE = 4 sqrt(2/20000)
-
-
-@pytest.mark.parametrize("name", ["pc", "ancestral", "ddim"])
-def test_ncsn_mnist_run_sampler_ends_where_the_states_do(ncsn_mnist, name):
-    x, sigmas = normal(20, 1), [3.0, 1.0, 0.2]
-    torch.manual_seed(1)
-    end = states(ncsn_mnist, name, mixed_in_1d, x, sigmas)[-1]
-    torch.manual_seed(1)
-    close(ncsn_mnist.run_sampler(name, mixed_in_1d, x, sigmas), end)
-
-
-@pytest.mark.parametrize("v", [0, 0.3, 2])
-def test_ncsn_mnist_8_4_ald_is_the_homeworks_and_a_denoising_step(ncsn_mnist, v):
-    """Its end has the variance of theory.md 8.4 with the script's K and kappa."""
-    sigmas = [3.0, 2.0, 1.0, 0.6, 0.2]
-    u = 16.0
-    for sigma in sigmas:
-        u = after_langevin(u, sigma, v, ncsn_mnist.args.kappa, ncsn_mnist.args.K)
-    u *= (v / (sigmas[-1] ** 2 + v)) ** 2
-    x = 4 * normal(20000, 1, seed=1)
-    end = ncsn_mnist.run_sampler("ald", gaussian(v), x, sigmas)
-    assert end.square().mean().item() == pytest.approx(u, rel=0.04, abs=1e-12)
 
 
 @pytest.mark.parametrize("ddim", [False, True])
@@ -4970,7 +4949,7 @@ def test_ncsn_mnist_extra_compares_all_samplers(ncsn_mnist):
     exec(text.partition("fig, ax")[0], names)
     assert names["row_names"] == ["ancestral, 6", "ddim, 6", "ald, 31", "pc, 12"]
     ddim = script.run_sampler("ddim", script.score, script.start[:20], script.levels)
-    torch.testing.assert_close(names["rows"][1], ddim)
+    torch.testing.assert_close(names["rows"][1], ddim[-1])
 
 
 def test_ncsn_mnist_extra_shows_the_nearest_images(ncsn_mnist):
@@ -5034,7 +5013,7 @@ def test_ncsn_mnist_idx_files(sub, end, tmp_path):
     """Raw or compressed, in torchvision's folder, too, they become images from -1 to 1."""
     mnist_folder(tmp_path / "data" / sub, end)
     flags = f"--data mnist --batch 2 --data_dir {tmp_path}/data"
-    script = run("ncsn_mnist", flags, "Model", tmp_path / "out")
+    script = run("ncsn_mnist", flags, "Optimizer", tmp_path / "out")
     for ours, n in zip([script.x_data, script.x_test], IDX.values()):
         pixels = torch.tensor(idx(n)[1]).float()[:, None]
         torch.testing.assert_close(ours, pixels / 255 * 2 - 1)
@@ -5098,7 +5077,7 @@ def test_ncsn_mnist_without_a_network(error, tmp_path, capsys):
     """Without MNIST auto says what to do and goes on with the digits; --data mnist ends the run."""
     with (mock.patch("sklearn.datasets.fetch_openml", side_effect=error) as fetch,
           mock.patch("socket.setdefaulttimeout")):
-        script = run("ncsn_mnist", "--data auto", "Model", tmp_path / "out")
+        script = run("ncsn_mnist", "--data auto", "Optimizer", tmp_path / "out")
         printed = capsys.readouterr().out
         refused("--data_dir", "--data mnist", tmp_path / "none", capsys)
     assert script.dataset == "digits" and script.x_data.shape == (1500, 1, 8, 8)
@@ -5112,7 +5091,7 @@ def test_ncsn_mnist_settings_that_are_not_given_follow_the_data(tmp_path):
     for flags in ["--data digits --filters 7",
                   f"--data mnist --data_dir {tmp_path}/data --filters 7 --batch 4"]:
         with mock.patch.dict(TINY, ncsn_mnist=flags):
-            settings = run("ncsn_mnist", until="Model", outdir=tmp_path / "out").args
+            settings = run("ncsn_mnist", until="Optimizer", outdir=tmp_path / "out").args
         assert settings.filters == 7
         assert min(settings.epochs, settings.batch, settings.n_samples) > 0
 
@@ -5367,7 +5346,7 @@ def test_ncsn_mnist_broken_label_files(wrong, tmp_path, capsys):
     flags = f"--data mnist --batch 2 --data_dir {tmp_path}/data"
     refused("--data_dir", flags + " --labels", tmp_path / "out", capsys)
     assert not (tmp_path / "out").exists()
-    assert len(run("ncsn_mnist", flags, "Model", tmp_path / "out").x_data) == 5
+    assert len(run("ncsn_mnist", flags, "Optimizer", tmp_path / "out").x_data) == 5
 
 
 def test_ncsn_mnist_load_of_no_name(capsys, tmp_path):
