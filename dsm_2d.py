@@ -410,10 +410,11 @@ def ancestral_step(score, x, sigma, sigma_next, ddim=False):
     if ddim:
         keep = 1.0                                       # DDIM puts the same noise back
     else:
-        # DDPM renews a part. On the way up, x would have had the noise sigma_next eps', and then
-        # fresh noise on top: sigma eps = sigma_next eps' + sqrt(sigma^2 - sigma_next^2) z. So the
-        # correlation of eps' and eps is sigma_next / sigma. For Gaussians this says: given eps,
-        # eps' is sigma_next / sigma times eps, plus noise that does not depend on it.
+        # DDPM renews a part. On the way up, the noise eps' of sigma_next became the eps of sigma, as
+        # fresh noise z was added to it:
+        #     sigma eps = sigma_next eps' + sqrt(sigma^2 - sigma_next^2) z
+        # So their correlation is sigma_next / sigma. Seen from eps, as both are Gaussian:
+        #     eps' = (sigma_next / sigma) eps + noise that does not depend on eps
         keep = sigma_next / sigma
     z = torch.randn_like(x)                              # in DDIM times 0
     eps_next = keep * eps + math.sqrt(1 - keep**2) * z
