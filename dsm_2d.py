@@ -410,8 +410,8 @@ def ancestral_step(score, x, sigma, sigma_next, ddim=False):
     if ddim:
         keep = 1.0                                       # DDIM puts the same noise back
     else:
-        # DDPM renews a part. On the way up, the noise eps' of sigma_next became the eps of sigma, as
-        # fresh noise z was added to it:
+        # DDPM renews a part. On the way up, the noise eps' of sigma_next became the eps of sigma:
+        # fresh noise z was added to it,
         #     sigma eps = sigma_next eps' + sqrt(sigma^2 - sigma_next^2) z
         # So their correlation is sigma_next / sigma. Seen from eps, as both are Gaussian:
         #     eps' = (sigma_next / sigma) eps + noise that does not depend on eps
