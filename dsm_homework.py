@@ -72,7 +72,7 @@ parser.add_argument("--n_samples", type=number(int, 2, 10**6), default=2000,
 parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
 parser.add_argument("--outdir", default="out_dsm_homework", help="folder for pictures and results")
 in_notebook = "kernel_launcher" in sys.argv[0]      # there the command line is the kernel's
-args = parser.parse_args([] if in_notebook else None)  # in a notebook: ["--seed", "1"] for []
+args = parser.parse_args([] if in_notebook else None)  # in a notebook, settings go into []
 if args.batch > 0.8 * args.n:
     parser.error(f"argument --batch: {args.batch} is more than the {int(0.8 * args.n)} training "
                  "points of --n")

@@ -77,7 +77,7 @@ parser.add_argument("--sigma", type=number(float, 0.1, 1), default=0.5,
 parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
 parser.add_argument("--outdir", default="out_implicit_sm", help="folder for pictures and results")
 in_notebook = "kernel_launcher" in sys.argv[0]      # there the command line is the kernel's
-args = parser.parse_args([] if in_notebook else None)  # in a notebook: ["--seed", "1"] for []
+args = parser.parse_args([] if in_notebook else None)  # in a notebook, settings go into []
 if args.batch > args.n:
     parser.error(f"argument --batch: {args.batch} is more than the {args.n} points of --n")
 if args.n_few > args.n:

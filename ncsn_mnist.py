@@ -17,17 +17,18 @@
 
 (With --load give the --data or --data_dir of that run, too.)
 
-The run on MNIST takes about 20 minutes on two cores (an estimate), less where they have bfloat16,
-most of it for training (Python 3.11, torch 2.13.0). Its last line:
+The run on MNIST takes about 20 minutes on two cores (an estimate; Python 3.11, torch 2.13.0), most
+of them for training. It is shorter on processors that know bfloat16. Its last line:
 
     data=mnist ... calls=64 loss_vs_linear=0.387 nn_samples=9.23 nn_real=8.6 train_s=...
 
 loss_vs_linear is the error on held-out images divided by that of the best linear denoiser, a
-(geometric) mean over the levels: 2.2 before training, 1 would be as good as linear. nn_samples is
-the median distance of the samples to their nearest neighbour among the training images, nn_real
-that of held-out images: good is within a fifth of nn_real, copies would have 0. With --labels also
-read_as_asked, the share of samples whose nearest training image shows the digit that was asked for,
-beside real_as_labelled, the same of held-out images and their labels: good is 0.95.
+(geometric) mean over the levels: 2.2 before training, when all pixels are shrunk alike; 1 would be
+as good as linear. nn_samples is the median distance of the samples to their nearest neighbour among
+the training images, nn_real that of held-out images: good is within a fifth of nn_real, copies
+would have 0. With --labels also read_as_asked, the share of samples whose nearest training image
+shows the digit that was asked for, beside real_as_labelled, the same of held-out images and their
+labels: good is 0.95.
 
 Read beside: notes 001 task 3 (the homework); 003 (a textbook chapter) sections 4.3.2 and 4.3.3;
 theory.md sections 4, 7 and 8.
@@ -66,7 +67,7 @@ def number(kind, low, high):
 
 
 # The homework wants fewer than 8 blocks, a rate of at most 1e-3 and at most 30 epochs. We have 8
-# blocks, but on fewer pixels, and higher rates: with them 4 epochs are enough (a GPU has 40).
+# blocks, but on fewer pixels, and higher rates, with which 4 epochs do. (On a GPU we take 40.)
 parser = argparse.ArgumentParser(description="A noise conditional score network on MNIST",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--data", default="auto", choices=["auto", "mnist", "digits"],
@@ -116,7 +117,7 @@ parser.add_argument("--resume", action="store_true",
                     help="go on from checkpoint.pt in --outdir; give the settings of that run")
 parser.add_argument("--outdir", default="out_ncsn_mnist", help="folder for pictures and results")
 in_notebook = "kernel_launcher" in sys.argv[0]      # there the command line is the kernel's
-args = parser.parse_args([] if in_notebook else None)  # in a notebook: ["--seed", "1"] for []
+args = parser.parse_args([] if in_notebook else None)  # in a notebook, settings go into []
 checkpoint_path = os.path.join(args.outdir, "checkpoint.pt")
 for name in ["digit", "guidance"]:
     value = getattr(args, name)
@@ -255,117 +256,8 @@ print(f"{dataset}: images {tuple(x_data.shape)}, mean {mean:.3f}, standard devia
       f"{sigma_data:.3f}, on {device} in {'bfloat16' if bf16 else 'float32'}")
 
 
-# %% Optimizer
-# AdamW divides each entry of a gradient by its usual size. Muon takes the gradient of a layer as a
-# matrix, and makes the step go equally far in all (singular) directions of this matrix, also where
-# the gradient is small. (This and the next cell are not about scores: the lesson goes on at Noise
-# levels.)
-def orthogonalized(matrix):
-    """The matrix (n, m) with its singular values between 0.7 and 1.2, but for tiny ones.
-
-    The polynomial 3.4445 x - 4.775 x^3 + 2.0315 x^5, applied five times, brings numbers from 0.002
-    to 1 there. Written in matrices, as here, it acts on the singular values.
-    """
-    x = matrix.to(torch.bfloat16 if bf16 else torch.float32)
-    x = x / (x.norm() + 1e-7)                            # singular values are 1 at most
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x.to(matrix.dtype)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalized (Jordan et al. 2024), for kernels of convolutions.
-
-    A kernel is taken as the matrix (out, in * height * width). torch.optim.Muon without weight
-    decay is the same, but for matrices only, and always in bfloat16: ten times slower on processors
-    that have to imitate such numbers.
-    """
-
-    def __init__(self, kernels, lr):
-        super().__init__(kernels, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for kernel in group["params"]:
-                state = self.state[kernel]               # a dict, empty at first
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(kernel)
-                state["momentum"].lerp_(kernel.grad, 0.05)               # a mean over 20 steps
-                ahead = torch.lerp(kernel.grad, state["momentum"], 0.95)     # Nesterov's momentum
-                matrix = ahead.flatten(1)
-                scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5     # tall ones go further
-                step = scale * orthogonalized(matrix)
-                kernel -= group["lr"] * step.view_as(kernel)
-
-
-# %% Checkpoints
-# A run can be continued (--resume) from its last checkpoint. That holds everything on which the
-# next step depends, and the settings, so that nobody continues another run.
-run_settings = {"data": dataset, "device": device.type}
-for name in ["labels", "net", "T", "sigma_min", "sigma_max", "filters", "blocks", "epochs", "batch",
-             "lr", "lr_muon", "seed"]:
-    run_settings[name] = getattr(args, name)
-
-
-def save_checkpoint(parts, step, history):
-    """Write checkpoint.pt under another name first: what stands there is always whole."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"settings": run_settings, "step": step, "history": history,
-              "rng": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state()
-    torch.save(state, checkpoint_path + ".new")
-    os.replace(checkpoint_path + ".new", checkpoint_path)
-
-
-def read_file(flag, path):
-    """The dict that torch.save wrote to path; if there is none, the run ends in one line."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise ValueError("it holds no dict")
-        return content
-    except Exception as error:                           # a file cut short raises many kinds
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        parser.error(f"argument {flag}: {path} is missing or not whole ({reason})")
-
-
-def load_weights(flag, path, model, weights):
-    """Put weights, a state_dict, into the model, if they are of such a model, data and levels."""
-    try:
-        model.load_state_dict(weights)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        parser.error(f"argument {flag}: {path} is of another --data, --net, --filters, --blocks, "
-                     f"--T or --labels ({reason})")
-    same_levels = torch.allclose(model.sigmas.cpu(), sigmas)
-    same_mean = torch.allclose(model.score_model.mean.cpu(), mean, atol=1e-4)
-    if not (same_levels and same_mean):
-        parser.error(f"argument {flag}: {path} was trained on other --data, --sigma_min or "
-                     "--sigma_max")
-
-
-def resume(parts):
-    """Put the last checkpoint into the parts.  -> its step, its history"""
-    state = read_file("--resume", checkpoint_path)
-    settings = state.get("settings", {})
-    for name, value in run_settings.items():
-        if settings.get(name) != value:
-            parser.error(f"argument --resume: the run in {checkpoint_path} has --{name} "
-                         f"{settings.get(name)}, this one {value}")
-    load_weights("--resume", checkpoint_path, parts["model"], state["model"])
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["step"], state["history"]
-
-
 # %% Noise levels
-# At the largest level all images drown in the same noise, and at the smallest the eye sees none.
+# At the largest level all images drown in the noise, and at the smallest the eye sees no noise.
 # From one level to the next the noise shrinks by a fifth. (001's 10 levels would halve it, which is
 # too coarse. What 001 calls level T, the largest, has index 0 here.)
 levels = np.geomspace(args.sigma_max, args.sigma_min, args.T).tolist()      # descending
@@ -392,8 +284,8 @@ def start_small(convolution):
 class ConditionedResnetBlock(nn.Module):
     """The homework's block: x (B, dim, H, W), level index y (B,) -> (B, dim, H, W).
 
-    With num_labels > 0 also label (B,) from 0 to num_labels; the last means: any. (In a network
-    that knows no labels, label is None.)
+    With num_labels > 0 also label (B,) from 0 to num_labels; num_labels itself means: any. (In a
+    network that knows no labels, label is None.)
     """
 
     def __init__(self, dim, num_embeddings, num_labels=0):
@@ -410,9 +302,7 @@ class ConditionedResnetBlock(nn.Module):
         self.embedding.weight.data = 0.07 * waves @ torch.randn(16, 2 * dim)
         if num_labels > 0:
             self.label_embedding = nn.Embedding(num_labels + 1, 2 * dim)
-            # At first all labels are alike. (They learn, since they are added: the gradient is that
-            # of the sum.)
-            nn.init.zeros_(self.label_embedding.weight)
+            nn.init.zeros_(self.label_embedding.weight)                 # at first all are alike
 
     def forward(self, x, y, label=None):
         condition = self.embedding(y)                                   # (B, 2 dim)
@@ -577,12 +467,22 @@ class NoiseConditionedScoreNetwork(nn.Module):
         """The mean over the batch of the sum over pixels: a scalar in a dict."""
         return {"total_loss": self(x, label).mean(dim=0).sum()}
 
+    # The homework asks for these two. In the cell Sampling, this script writes them once more, for
+    # a score that is told sigma and not its index, and with a last denoising step.
+    @torch.no_grad()
+    def annealed_langevin_dynamics(self, x, num_steps, eps):
+        """At each level num_steps of x + eta/2 s + sqrt(eta) z, eta = eps sigma_t^2/sigma_max^2."""
+        for t, sigma in enumerate(self.sigmas.tolist()):
+            eta = eps * (sigma / self.sigmas[0].item()) ** 2
+            y = torch.full((len(x),), t, device=x.device)
+            for _ in range(num_steps):
+                z = torch.randn_like(x)
+                x = x + eta / 2 * self.score_model(x, y) + math.sqrt(eta) * z
+        return x
+
     @torch.no_grad()
     def sample(self, num_samples=64, num_steps=100, eps=None):
         """Annealed Langevin dynamics from N(0, sigma_max^2 I).  -> (num_samples, *input_shape)
-
-        At each level num_steps of x + eta/2 s + sqrt(eta) z with eta = eps sigma_t^2/sigma_max^2.
-        (The homework asks for this method. This script samples in its cell Sampling.)
 
         eps = None stands for 0.8 sigma_max^2: then the step at level t is 0.4 sigma_t^2 s, long
         enough to come down from the noise of the level above (theory.md 8.4). 001's eps = 0.1 suits
@@ -592,13 +492,7 @@ class NoiseConditionedScoreNetwork(nn.Module):
         if eps is None:
             eps = 0.8 * self.sigmas[0].item() ** 2
         x = self.sigmas[0] * torch.randn(num_samples, *self.input_shape, device=self.device)
-        for t, sigma in enumerate(self.sigmas.tolist()):
-            eta = eps * (sigma / self.sigmas[0].item()) ** 2
-            y = torch.full((num_samples,), t, device=self.device)
-            for _ in range(num_steps):
-                z = torch.randn_like(x)
-                x = x + eta / 2 * self.score_model(x, y) + math.sqrt(eta) * z
-        return x
+        return self.annealed_langevin_dynamics(x, num_steps, eps)
 
 
 # This script's weight is 1/unit^2 = (sigma total/sigma_data)^2; the unit is PreconditionedScore's.
@@ -701,6 +595,114 @@ class UNet(nn.Module):
         return F.pixel_shuffle(x, 2)                     # (B, channels, 28, 28)
 
 
+# %% Optimizer
+# AdamW divides each entry of a gradient by its usual size. Muon takes the gradient of a layer as a
+# matrix, and makes the step go equally far in all (singular) directions of this matrix, also where
+# the gradient is small. (This and the next cell are not about scores; skip them at first reading.)
+def orthogonalized(matrix):
+    """The matrix (n, m) with its singular values between 0.7 and 1.2, but for tiny ones.
+
+    The polynomial 3.4445 x - 4.775 x^3 + 2.0315 x^5, applied five times, brings all numbers from
+    0.002 to 1 into that range. Written in matrices, as here, it acts on the singular values.
+    """
+    x = matrix.to(torch.bfloat16 if bf16 else torch.float32)
+    x = x / (x.norm() + 1e-7)                            # singular values are 1 at most
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are orthogonalized (Jordan et al. 2024), for kernels of convolutions.
+
+    A kernel is taken as the matrix (out, in * height * width). torch.optim.Muon without weight
+    decay is the same, but for matrices only, and always in bfloat16: ten times slower on processors
+    that have to imitate such numbers.
+    """
+
+    def __init__(self, kernels, lr):
+        super().__init__(kernels, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for kernel in group["params"]:
+                state = self.state[kernel]               # a dict, empty at first
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(kernel)
+                state["momentum"].lerp_(kernel.grad, 0.05)               # a mean over 20 steps
+                ahead = torch.lerp(kernel.grad, state["momentum"], 0.95)     # Nesterov's momentum
+                matrix = ahead.flatten(1)
+                scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5     # tall ones go further
+                step = scale * orthogonalized(matrix)
+                kernel -= group["lr"] * step.view_as(kernel)
+
+
+# %% Checkpoints
+# A run can be continued (--resume) from its last checkpoint. That holds everything on which the
+# next step depends (on the same machine), and the settings, so that nobody continues another run.
+run_settings = {"data": dataset, "device": device.type}
+for name in ["labels", "net", "T", "sigma_min", "sigma_max", "filters", "blocks", "epochs", "batch",
+             "lr", "lr_muon", "seed"]:
+    run_settings[name] = getattr(args, name)
+
+
+def save_checkpoint(parts, step, history):
+    """Write checkpoint.pt under another name first: what stands there is always whole."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"settings": run_settings, "step": step, "history": history,
+              "rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    torch.save(state, checkpoint_path + ".new")
+    os.replace(checkpoint_path + ".new", checkpoint_path)
+
+
+def read_file(flag, path):
+    """The dict that torch.save wrote to path; if there is none, the run ends in one line."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no dict")
+        return content
+    except Exception as error:                           # a file cut short raises many kinds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        parser.error(f"argument {flag}: {path} is missing or not whole ({reason})")
+
+
+def load_weights(flag, path, model, weights):
+    """Put weights, a state_dict, into the model, if they are of such a model, data and levels."""
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        parser.error(f"argument {flag}: {path} is of another --data, --net, --filters, --blocks, "
+                     f"--T or --labels ({reason})")
+    same_levels = torch.allclose(model.sigmas.cpu(), sigmas)
+    same_mean = torch.allclose(model.score_model.mean.cpu(), mean, atol=1e-4)
+    if not (same_levels and same_mean):
+        parser.error(f"argument {flag}: {path} was trained on other --data, --sigma_min or "
+                     "--sigma_max")
+
+
+def resume(parts):
+    """Put the last checkpoint into the parts.  -> its step, its history"""
+    state = read_file("--resume", checkpoint_path)
+    settings = state.get("settings", {})
+    for name, value in run_settings.items():
+        if settings.get(name) != value:
+            parser.error(f"argument --resume: the run in {checkpoint_path} has --{name} "
+                         f"{settings.get(name)}, this one {value}")
+    load_weights("--resume", checkpoint_path, parts["model"], state["model"])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["step"], state["history"]
+
+
 # %% Training
 # Two optimizers, and an average of the weights, which will be used in the end.
 # args.labels: do we have labels of the images?  knows_labels: has the network learned from labels?
@@ -730,7 +732,8 @@ model = NoiseConditionedScoreNetwork(score_model, input_shape, levels, weights, 
 def held_out_loss(model):
     """The loss on 512 held-out images, always with the same levels and noise: a number.
 
-    With --labels the network is told all labels, an easier task than in training (four in five).
+    With --labels the network is told all of them, an easier task than in training (one in five is
+    left out there).
     """
     label = test_labels[:512].to(device) if args.labels else None
     with torch.random.fork_rng():                        # the training goes on with its own noise
@@ -739,7 +742,7 @@ def held_out_loss(model):
 
 
 def moving_average(old, new, n):
-    """Exponentially averaged weights: over the last ninth of all steps, at most over 500."""
+    """Exponentially averaged weights after n steps: over the last n/9 of them, at most over 500."""
     decay = min(0.998, (1 + n.item()) / (10 + n.item()))
     return torch.lerp(old, new, 1 - decay)
 

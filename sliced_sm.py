@@ -86,7 +86,7 @@ parser.add_argument("--d_max", type=number(int, 2, 1000), default=1000,
 parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all randomness")
 parser.add_argument("--outdir", default="out_sliced_sm", help="folder for pictures and results")
 in_notebook = "kernel_launcher" in sys.argv[0]      # there the command line is the kernel's
-args = parser.parse_args([] if in_notebook else None)  # in a notebook: ["--seed", "1"] for []
+args = parser.parse_args([] if in_notebook else None)  # in a notebook, settings go into []
 if args.batch > args.n:
     parser.error(f"argument --batch: {args.batch} is more than the {args.n} points of --n")
 limit = {"moons": 0.16, "gmm2": 1.9}[args.data]          # the cell Sampling says why

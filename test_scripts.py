@@ -210,6 +210,20 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).glob("*")}
 
 
+@contextlib.contextmanager
+def kept_schedulers():
+    """A list of the schedulers of learning rates that are made while it lasts."""
+    made = []
+    real = torch.optim.lr_scheduler.OneCycleLR
+
+    def keep(*args, **settings):
+        made.append(real(*args, **settings))
+        return made[-1]
+
+    with mock.patch.object(torch.optim.lr_scheduler, "OneCycleLR", keep):
+        yield made
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -1386,6 +1400,14 @@ def test_dsm_homework_network(dsm_homework):
     assert [type(layer) for layer in layers[1::2]] == 4 * [torch.nn.SiLU]
 
 
+def test_dsm_homework_learning_rate_rises_and_falls(dsm_homework):
+    """Up for 15 % of the 20 steps of 10 epochs, then down to next to nothing."""
+    with kept_schedulers() as made:
+        dsm_homework.train(dsm_homework.matcher, 10)
+    assert made[0]._schedule_phases[0]["end_step"] == pytest.approx(0.15 * 20 - 1)
+    assert made[0].get_last_lr()[0] < 0.01 * dsm_homework.args.lr
+
+
 def test_dsm_homework_learns():
     """A short run gets the score to 30 % under q_sigma (s = 0 has 100 %), and says so."""
     script = run("dsm_homework", "--n 2000 --batch 400 --epochs 80 --sigma 0.3", until="Sampling")
@@ -1995,9 +2017,13 @@ def test_implicit_sm_3_3_printed_identity(implicit_sm):
     assert np.ptp(constants) > 1
     assert float(table[3][-4]) == 0                      # of the exact score
 
+    def square(x, score):
+        return 0.5 * x**4 + 2 * x
+
     def wave(x, score):
         return 0.5 * np.sin(3 * x) ** 2 + 3 * np.cos(3 * x)
 
+    assert float(table[1][-5]) == pytest.approx(expectation(square), abs=2e-5)
     assert float(table[2][-5]) == pytest.approx(expectation(wave), abs=2e-5)
 
 
@@ -2273,15 +2299,8 @@ def test_implicit_sm_divergence(implicit_sm):
 
 def test_implicit_sm_learning_rate_rises_and_falls(implicit_sm):
     """Up for 15 % of the steps, then down to next to nothing."""
-    made = []
-    real = torch.optim.lr_scheduler.OneCycleLR
-
-    def keep(*args, **settings):
-        made.append(real(*args, **settings))
-        return made[0]
-
     x = implicit_sm.x_data
-    with mock.patch.object(torch.optim.lr_scheduler, "OneCycleLR", keep):
+    with kept_schedulers() as made:
         loss = implicit_sm.compute_score_matching_loss
         implicit_sm.train(implicit_sm.new_network(x), loss, x, x)
     assert made[0]._schedule_phases[0]["end_step"] == pytest.approx(0.15 * 20 - 1)
@@ -2929,6 +2948,33 @@ def test_sliced_sm_figures(sliced_sm):
     loss = sliced_sm.exact_trace_loss(sliced_sm.model, sliced_sm.x_data).item()
     assert sliced_sm.loss_reached == pytest.approx(loss, rel=1e-4)
     assert sliced_sm.loss_floor < sliced_sm.loss_reached
+
+
+def test_sliced_sm_learning_rate_rises_and_falls(sliced_sm):
+    """Up for 15 % of the steps, then down to next to nothing."""
+    with kept_schedulers() as made:
+        sliced_sm.train(sliced_sm.losses_for(sliced_sm.laws["moons"])["dsm"], "moons", "dsm")
+    assert made[0]._schedule_phases[0]["end_step"] == pytest.approx(0.15 * 30 - 1)
+    assert made[0].get_last_lr()[0] < 0.01 * sliced_sm.args.lr
+
+
+@pytest.mark.parametrize("name", ["sliced_score_matching_loss", "variance_reduced_loss",
+                                  "finite_difference_loss"])
+def test_sliced_sm_losses_draw_one_normal_slice_by_default(sliced_sm, name):
+    x = sliced_sm.x_data[:20]
+    loss = getattr(sliced_sm, name)
+    values = []
+    for settings in [{}, {"n_slices": 1, "draw": torch.randn_like}]:
+        torch.manual_seed(3)
+        values.append(loss(sliced_sm.model, x, **settings).item())
+    assert values[0] == values[1]
+
+
+def test_sliced_sm_5_5_finite_differences_vary_like_ssm(sliced_sm):
+    """They are ssm but for h^2, and the formula for their variance is the same."""
+    slices = sliced_sm.args.slices
+    assert (sliced_sm.variances[f"fd_ssm, {slices}"][1]
+            == pytest.approx(sliced_sm.variances[f"ssm, {slices}"][1]))
 
 
 def test_sliced_sm_every_loss_learns():
@@ -4102,11 +4148,11 @@ def test_ncsn_mnist_one_langevin_step_of_the_class(homework):
     def score_model(x, y):
         return 7 - x
 
+    x = normal(5, 2)
     ncsn = homework.NoiseConditionedScoreNetwork(score_model, (2,), [0.4])
     torch.manual_seed(2)
-    x, z = 0.4 * torch.randn(5, 2), torch.randn(5, 2)
-    torch.manual_seed(2)
-    close(ncsn.sample(5, 1, 0.3), x + 0.15 * (7 - x) + math.sqrt(0.3) * z, rtol=1e-6, atol=1e-6)
+    step = x + 0.15 * (7 - x) + math.sqrt(0.3) * normal(5, 2, seed=2)
+    close(ncsn.annealed_langevin_dynamics(x, 1, 0.3), step)
     torch.manual_seed(3)
     start = 0.4 * torch.randn(5, 2, generator=generator(3))
     close(ncsn.sample(5, num_steps=0), start)
@@ -4493,7 +4539,7 @@ def test_ncsn_mnist_an_epoch_shows_each_image_once_in_an_order_of_its_own():
         "loss = training_step(x,", "history.setdefault('x', []).append(x)\n"
         "        loss = training_step(x,")
     batches = torch.cat(execute("ncsn_mnist", text).history["x"]).view(2, 1500, 64)
-    data = execute("ncsn_mnist", cells("ncsn_mnist", until="Optimizer")).x_data.view(1500, 64)
+    data = execute("ncsn_mnist", cells("ncsn_mnist", until="Model")).x_data.view(1500, 64)
     orders = torch.cdist(batches, data).argmin(2)
     for order in orders:
         assert torch.equal(data[order].sort(0).values, data.sort(0).values)
@@ -4762,6 +4808,23 @@ def test_ncsn_mnist_7_3_sampler_variances(ncsn_mnist, name, v):
     assert variances == pytest.approx(expected, rel=0.04, abs=1e-20)   # 4 SE = 4 sqrt(2/20000)
 
 
+def test_ncsn_mnist_8_4_ald_is_the_homeworks_and_a_denoising_step(ncsn_mnist):
+    """The class's method with eps = 2 kappa sigma_max^2 ends where the script's is before that."""
+    sigmas, x = [3.0, 2.0, 0.6], normal(50, 1)
+
+    def by_index(x, y):
+        return mixed_in_1d(x, sigmas[y[0].item()])
+
+    model = ncsn_mnist.NoiseConditionedScoreNetwork(by_index, (1,), sigmas)
+    args = ncsn_mnist.args
+    torch.manual_seed(1)
+    end = model.annealed_langevin_dynamics(x, args.K, 2 * args.kappa * 3.0**2)
+    torch.manual_seed(1)
+    path = ncsn_mnist.run_sampler("ald", mixed_in_1d, x, sigmas)
+    close(path[-2], end, rtol=1e-5, atol=1e-5)
+    close(path[-1], ncsn_mnist.denoise(mixed_in_1d, end, 0.6), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("ddim", [False, True])
 def test_ncsn_mnist_7_3_ancestral_step(ncsn_mnist, ddim):
     """DDPM's in the form of Song et al. 2021, appendix F; DDIM's is Euler's for the flow."""
@@ -5013,7 +5076,7 @@ def test_ncsn_mnist_idx_files(sub, end, tmp_path):
     """Raw or compressed, in torchvision's folder, too, they become images from -1 to 1."""
     mnist_folder(tmp_path / "data" / sub, end)
     flags = f"--data mnist --batch 2 --data_dir {tmp_path}/data"
-    script = run("ncsn_mnist", flags, "Optimizer", tmp_path / "out")
+    script = run("ncsn_mnist", flags, "Model", tmp_path / "out")
     for ours, n in zip([script.x_data, script.x_test], IDX.values()):
         pixels = torch.tensor(idx(n)[1]).float()[:, None]
         torch.testing.assert_close(ours, pixels / 255 * 2 - 1)
@@ -5077,7 +5140,7 @@ def test_ncsn_mnist_without_a_network(error, tmp_path, capsys):
     """Without MNIST auto says what to do and goes on with the digits; --data mnist ends the run."""
     with (mock.patch("sklearn.datasets.fetch_openml", side_effect=error) as fetch,
           mock.patch("socket.setdefaulttimeout")):
-        script = run("ncsn_mnist", "--data auto", "Optimizer", tmp_path / "out")
+        script = run("ncsn_mnist", "--data auto", "Model", tmp_path / "out")
         printed = capsys.readouterr().out
         refused("--data_dir", "--data mnist", tmp_path / "none", capsys)
     assert script.dataset == "digits" and script.x_data.shape == (1500, 1, 8, 8)
@@ -5091,7 +5154,7 @@ def test_ncsn_mnist_settings_that_are_not_given_follow_the_data(tmp_path):
     for flags in ["--data digits --filters 7",
                   f"--data mnist --data_dir {tmp_path}/data --filters 7 --batch 4"]:
         with mock.patch.dict(TINY, ncsn_mnist=flags):
-            settings = run("ncsn_mnist", until="Optimizer", outdir=tmp_path / "out").args
+            settings = run("ncsn_mnist", until="Model", outdir=tmp_path / "out").args
         assert settings.filters == 7
         assert min(settings.epochs, settings.batch, settings.n_samples) > 0
 
@@ -5346,7 +5409,7 @@ def test_ncsn_mnist_broken_label_files(wrong, tmp_path, capsys):
     flags = f"--data mnist --batch 2 --data_dir {tmp_path}/data"
     refused("--data_dir", flags + " --labels", tmp_path / "out", capsys)
     assert not (tmp_path / "out").exists()
-    assert len(run("ncsn_mnist", flags, "Optimizer", tmp_path / "out").x_data) == 5
+    assert len(run("ncsn_mnist", flags, "Model", tmp_path / "out").x_data) == 5
 
 
 def test_ncsn_mnist_load_of_no_name(capsys, tmp_path):
