@@ -135,13 +135,14 @@ if args.device == "cuda" and not torch.cuda.is_available():
 device = torch.device("cpu")
 if args.device != "cpu" and torch.cuda.is_available():
     device = torch.device("cuda")
+torch.manual_seed(args.seed)
+
 # Half as many bits make training twice as fast, where the processor can multiply such numbers.
 if device.type == "cuda":
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
 else:
     capabilities = torch.cpu.get_capabilities()
     bf16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-torch.manual_seed(args.seed)
 
 
 # %% Data
@@ -839,11 +840,11 @@ except KeyboardInterrupt:
     if steps_saved > 0:
         print(f"The same command with --resume goes on from the checkpoint of step {steps_saved}.")
 train_s = time.time() - started
+model.requires_grad_(False)                              # trained: no more gradients
 if not args.load:
     # From here on model, and score_model in it, has the averaged weights.
     model.load_state_dict(ema.module.state_dict())
     torch.save(model.state_dict(), os.path.join(args.outdir, "model.pt"))
-model.requires_grad_(False)                              # trained: no more gradients
 
 
 # %% Sampling

@@ -2396,6 +2396,9 @@ def test_implicit_sm_9_2_printed_points(implicit_sm):
     assert float(table[1][-3]) == pytest.approx(0, abs=1e-4)
     rest = rows_between(implicit_sm.printed, "field     |J - J^T|", "\n")
     assert float(rest[0][1]) < 1e-4 and float(rest[0][2]) < 1e-3
+    J = implicit_sm.geometries["learned"]["hessian"]
+    asymmetry = (J - J.transpose(1, 2)).square().sum().sqrt() / J.square().sum().sqrt()
+    assert rest[1][1] == f"{asymmetry:.0e}"
 
 
 def test_implicit_sm_field_of_wrong_shape(implicit_sm):
