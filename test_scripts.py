@@ -1523,7 +1523,10 @@ def test_dsm_homework_grid(dsm_homework):
     etas = pytest.approx([0.001, 0.01, 0.05, 0.16])
     assert dsm_homework.etas == list(dsm_homework.chains) == etas
     assert [list(states) for states in dsm_homework.chains.values()] == 4 * [[10, 100, 1000]]
-    assert dsm_homework.in_data == pytest.approx(0.25, abs=0.02)
+    noisy = moons(dsm_homework.args.sigma).component_distribution
+    right = scipy.stats.norm.sf(1.1, noisy.mean[:, 0], noisy.variance[:, 0].sqrt()).mean()
+    assert right == pytest.approx(0.25, abs=0.01)
+    assert dsm_homework.in_data == pytest.approx(right, abs=4 * math.sqrt(0.25 * 0.75 / 20000))
     first = dsm_homework.chains[dsm_homework.etas[0]][10]                    # still near U[-1, 1]
     assert abs(first.mean().item()) < 0.15 and first.std().item() == pytest.approx(0.58, rel=0.1)
     x = dsm_homework.samples
@@ -1544,6 +1547,27 @@ def test_dsm_homework_exact_density(dsm_homework, sigma):
     x = moons(sigma).sample((100,))
     ratio = dsm_homework.exact_density(x.float(), sigma) / moons(sigma).log_prob(x).exp()
     assert (ratio / ratio[0]).numpy() == pytest.approx(1, rel=1e-3)
+
+
+def test_dsm_homework_levels_are_measured_at_noisy_data(dsm_homework):
+    seen = []
+
+    def keep(matcher, x):
+        seen.append(x)
+        return 0.0
+
+    matcher = dsm_homework.trained[1.0][0]
+    with mock.patch.dict(dsm_homework.measure_level.__globals__, relative_error=keep):
+        dsm_homework.measure_level(matcher, dsm_homework.samples)
+    x = seen[0].double()
+    within(x, moons(1.0).mean)
+    within((x - moons(1.0).mean).square(), moons(1.0).variance)
+
+
+def test_dsm_homework_uncertainty_of_the_test_loss(dsm_homework):
+    """The standard error of |eps/sigma|^2 over 20 draws for each of the 20 test points."""
+    values = (normal(100000, 2) / dsm_homework.args.sigma).square().sum(1)
+    assert dsm_homework.uncertainty == pytest.approx(values.std().item() / math.sqrt(400), rel=0.03)
 
 
 def test_dsm_homework_loss_at_test_points(dsm_homework):
