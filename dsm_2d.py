@@ -882,9 +882,9 @@ eps_t = eps64(x_t, 0.8, 0.6)
 print("\nAt x_t = (1, 2), where alpha_t = 0.8 and sigma_t = 0.6, the network says:")
 for name in ["score", "eps", "x0", "v"]:
     value = convert(eps_t, x_t, 0.8, 0.6, "eps", name)
-    back = convert(value, x_t, 0.8, 0.6, name, "eps")
+    eps_again = convert(value, x_t, 0.8, 0.6, name, "eps")
     print(f"{name:5s} = ({value[0, 0]:.3f}, {value[0, 1]:.3f}), "
-          f"from which eps = ({back[0, 0]:.3f}, {back[0, 1]:.3f})")
+          f"from which eps = ({eps_again[0, 0]:.3f}, {eps_again[0, 1]:.3f})")
 
 alphas, vp_sigmas = vp_schedule(sigma_min, sigma_max)
 if alphas:

@@ -1110,6 +1110,22 @@ def learned_field(x, sigma):
     return torch.stack([x[:, 0] ** 2 + x[:, 1], x[:, 1].sin() + sigma * x[:, 1]], dim=1)
 
 
+def test_dsm_2d_given_points_are_measured_as_printed(dsm_2d):
+    """The last row of the table: distances over the floor, and the spread of the drawn together."""
+    header = "noise forgotten: SW2/floor    spread (data: 1.00)\n"
+    row = [float(word) for word in dsm_2d.printed.partition(header)[2].splitlines()[2].split()]
+    sw2 = [dsm_2d.mean_sw2([dsm_2d.sorted_projections(x)], dsm_2d.fresh)
+           for x in [dsm_2d.back, dsm_2d.forgotten]]
+    moved = (dsm_2d.back - dsm_2d.x_init).norm(dim=1).mean()
+    spread = dsm_2d.forgotten.std() / dsm_2d.x_data.std()
+    expected = [sw2[0] / dsm_2d.sw2_floor, moved, sw2[1] / dsm_2d.sw2_floor, spread]
+    assert row[1:] == pytest.approx([float(value) for value in expected], abs=0.006)
+
+
+def test_dsm_2d_denoising_picture_takes_tweedies_step(dsm_2d):
+    assert dsm_2d.eta == dsm_2d.viz_sigma**2 == pytest.approx(dsm_2d.settings["eta"])
+
+
 def test_dsm_2d_7_2_flow_and_its_divergence(dsm_2d):
     """f = -sigma s and div f; the caller's tensor is not changed, no graph is kept."""
     x = normal(9, 2)
