@@ -3,7 +3,7 @@
     noisy data   q_sigma, the density of x + sigma eps, where x is a data point and eps ~ N(0, I)
     score        s(x, sigma) = grad log q_sigma(x), an arrow towards where the noisy data are denser
     training     minimise the mean of sigma^2/2 |s(x + sigma eps, sigma) + eps/sigma|^2
-    sampling     from sigma_max down: guess the clean point x + sigma^2 s, put less noise back
+    sampling     from sigma_max down: guess the clean point noisy_x + sigma^2 s, put less noise back
                  (the default sampler, pc, then takes a Langevin step at the new level)
 
     python dsm_2d.py                             # two Gaussians; look at out_dsm_2d/generation.gif
@@ -17,8 +17,7 @@ against it. The default run takes 25 s on one core (Python 3.11, torch 2.13.0). 
 
 score_err is the relative error of the learned score, a mean over noise levels: 0 is exact, 1 no
 better than s = 0; before training it is 0.69. SW2 is the sliced Wasserstein distance of the samples
-to fresh data. Its floor is that of fresh data to other fresh data; samples that are as good as data
-have an SW2 of 0.8 to 1.2 times the floor.
+to fresh data. Its floor is that of fresh data to other fresh data: good is an SW2 below 1.3 floors.
 
 Read beside: notes 000; 003 sections 4.2.2, 4.3.1, 4.3.3, exercises 4.2 to 4.4; 002 part 2;
 theory.md sections 1, 4, 7 and 8.
@@ -97,7 +96,7 @@ torch.set_num_threads(1)                            # a second core is no help t
 
 # %% Data
 # All data are mixtures of equally likely Gaussians: two large ones, or 600 small ones on a curve,
-# nearer to each other than they are wide, so that no gap shows.
+# about as far from each other as they are wide, so that no gap shows.
 # Noise makes each of them wider and does nothing else, so the score of noisy data is known exactly.
 if args.data == "gmm2":
     centres = torch.tensor([[0.0, 0.0], [3.0, 3.0]])                  # (M, 2)
@@ -146,8 +145,9 @@ x_data = sample_data(args.n)
 
 # %% Noise levels
 # At the largest level the data drown in noise, so that generation can start from plain noise. The
-# smallest is finer than anything in the data. The levels between them make the steps short. (The
-# schedule "adaptive" takes its limits from the data: 1 % and 99 % of the distances are below them.)
+# smallest is finer than anything in the data. The levels between them make the steps short. (Only
+# the schedule "adaptive" takes its limits from the data, and its smallest is not always so fine:
+# 1 % and 99 % of the distances are below them.)
 def geometric_sigma_schedule(T, sigma_min, sigma_max):
     """T levels (T,) from sigma_max down to sigma_min, each the same factor below the last."""
     return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), T)
@@ -411,8 +411,8 @@ def ancestral_step(score, x, sigma, sigma_next, ddim=False):
         keep = 1.0                                       # DDIM puts the same noise back
     else:
         # DDPM renews a part. On the way up, the noise eps' of sigma_next became the eps of sigma:
-        # fresh noise z was added to it,
-        #     sigma eps = sigma_next eps' + sqrt(sigma^2 - sigma_next^2) z
+        # fresh noise z' was added to it,
+        #     sigma eps = sigma_next eps' + sqrt(sigma^2 - sigma_next^2) z'
         # So their correlation is sigma_next / sigma. Seen from eps, as both are Gaussian:
         #     eps' = (sigma_next / sigma) eps + noise that does not depend on eps
         keep = sigma_next / sigma
@@ -473,8 +473,9 @@ def annealed_langevin_dynamics(score, x, sigmas, K, kappa):
 def predictor_corrector(score, x, sigmas, kappa):
     """To each lower level a step by DDPM's rule, then a Langevin step there.
 
-    The first puts the mean of the possible clean points in the place of one of them, and so loses
-    a little of the spread. The second adds a little too much; kappa = 0.4 was chosen by trial.
+    The first puts the mean of the possible clean points in the place of one of them, so that the
+    points come out slightly too close together. The second spreads them slightly too far; kappa =
+    0.4 was chosen by trial.
     """
     path = [x]
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
@@ -486,7 +487,7 @@ def predictor_corrector(score, x, sigmas, kappa):
 
 
 def sampling_levels(name):
-    """All T levels; half for heun, so that it costs as many calls as ddim.  -> a list"""
+    """All T levels; half for heun, so that it costs about as many calls as ddim.  -> a list"""
     T = max(2, args.T // 2) if name == "heun" else args.T
     return sigma_schedule(args.schedule, T, sigma_min, sigma_max).tolist()
 
@@ -529,8 +530,8 @@ np.save(os.path.join(args.outdir, "samples.npy"), samples.numpy())
 
 
 # %% Check
-# Two questions. How far is the learned score from the exact one, level by level? It is worst where
-# sigma is smallest, and does the least harm there, since a step multiplies the score by sigma^2.
+# Two questions. How far is the learned score from the exact one, level by level? It is often worst
+# where sigma is smallest, and does the least harm there, as a step multiplies the score by sigma^2.
 # And how far are the samples from the data? Even two fresh sets of data are some way apart: that is
 # the floor.
 print("\nsigma    relative score error (0: exact)    before training (first guess alone)")
@@ -568,7 +569,7 @@ sw2_floor = mean_sw2(perfect, fresh)                     # what a perfect sample
 # Were the samples fresh data, too, the ratio would still vary by about 0.1 from run to run.
 print(f"\nSW2 of samples to fresh data, mean of {n_sets} x {n_sets} pairs of sets: {sw2:.4f}. "
       f"Its floor, fresh to fresh data: "
-      f"{sw2_floor:.4f}.\nTheir ratio: {sw2 / sw2_floor:.2f} (as good as data: 0.8 to 1.2)")
+      f"{sw2_floor:.4f}.\nTheir ratio: {sw2 / sw2_floor:.2f} (good: below 1.3)")
 
 summary = {"data": args.data, "seed": args.seed, "steps": args.steps, "w_mode": args.w_mode,
            "schedule": args.schedule, "T": args.T, "sampler": args.sampler,

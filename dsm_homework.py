@@ -201,7 +201,7 @@ class DenoisingScoreMatcher(nn.Module):
         """
         eps = torch.randn_like(x)
         noisy_x = x + self.sigma * eps
-        target = -eps / self.sigma                       # of the same eps; of another: s = 0
+        target = -eps / self.sigma                       # of the same eps: another teaches s = 0
         return (self.score_model(noisy_x) - target) ** 2
 
     def loss(self, x):
@@ -579,8 +579,8 @@ fig.savefig(os.path.join(args.outdir, "trajectories.png"))
 # The network of the lesson, and the same at other levels. No level is good for everything, which is
 # why dsm_2d.py uses many:
 #   little noise   The targets are long and nearly all chance, so the score is learned badly. The
-#                  plane outside the moons is hardly ever seen (error on the plane, most of it far
-#                  out) or crossed: what starts at one moon stays there (share in the upper moon).
+#                  plane outside the moons is hardly ever seen (see the column "on plane") or
+#                  crossed: what starts at one moon stays there (column "upper moon").
 #   much noise     The score is learned well, and the samples have the right density. But this is
 #                  q_sigma, a blur, and Tweedie's step gives the mean of many possible clean points,
 #                  which is near none of them.
@@ -653,7 +653,7 @@ fig.savefig(os.path.join(args.outdir, "sigma_row.png"))
 #                    of M this is a plain step, of length M eta: long where the Gaussian is long. In
 #                    100 steps, which are otherwise too few along, it settles in both directions.
 #   M = its inverse  So 003 has it, by mistake: steps are shortest where the Gaussian is longest.
-# Formula and last column are for across, where all have settled (chance: up to 3 standard errors).
+# Formula and last column are for across, where all have settled; along, plain chains have not.
 variances = torch.tensor([1.0, args.sigma**2 + TAU**2])                   # along, across
 
 

@@ -861,8 +861,8 @@ class Triangular:
     """The density (a - |n|) / a^2 for |n| < a: that of the sum of two uniform draws.
 
     Its target -sign(n) / (a - |n|) grows without limit towards the edges, and E[target^2], the
-    integral of 1 / (a^2 (a - |n|)), is infinite. So is the loss, but in its parts E[s^2] / 2 -
-    E[s target] + E[target^2] / 2 only the last is, which has no s in it: s is learned all the same.
+    integral of 1 / (a^2 (a - |n|)), is infinite. So is the loss, E[s^2] / 2 - E[s target] +
+    E[target^2] / 2, but only by its last part, which has no s in it: s is learned all the same.
     """
 
     def __init__(self, a):
@@ -956,8 +956,9 @@ for name, kernel in kernels.items():
     print(f"{name:11s} {information:>18s} {'yes' if off < 1e-3 else 'NO':>17s} ({off:.0e}) "
           f"{'yes' if finite else 'NO':>14s} {kernel_errors[name]:17.3f}")
 print("Uniform noise has the target 0 but for its two jumps, which no draw meets: so s = 0 is "
-      "learned,\nand the loss says nothing of it. Blur without noise, y = x/2, has no k to "
-      "differentiate, so no target.\nBlur, then Gaussian noise, is the first row, for data x/2.")
+      "learned,\nand the loss says nothing of it. 002 also asks about blur: alone, y = x/2,"
+      "\nit has no k to differentiate, so no target; blur, then Gaussian noise, is the first row, "
+      "for data x/2.")
 
 
 def draw_kernels():

@@ -5,8 +5,8 @@
                  images, noise and levels sigma; the best s is the score, grad log q_sigma
     sampling     at each level, from sigma_max down: take a Langevin step, guess the clean image
                  x + sigma^2 s, put less noise back; at the last level put none back
-                 (predictor-corrector, the default; the homework's annealed Langevin dynamics is
-                 --sampler ald)
+                 (predictor-corrector, the default; the homework's annealed Langevin dynamics,
+                 with a last denoising step, is --sampler ald)
 
     python ncsn_mnist.py --data_dir FOLDER       # MNIST's files; look at out_ncsn_mnist/samples.png
     python ncsn_mnist.py                         # MNIST from openml.org, or else 8x8 digits
@@ -447,7 +447,7 @@ class NoiseConditionedScoreNetwork(nn.Module):
         return self.sigmas.device
 
     def forward(self, x, label=None):
-        """weight_t (s(x + sigma_t eps, t) - target)^2 with target -eps/sigma_t, a loss a pixel.
+        """weight_t (s(x + sigma_t eps, t) - target)^2 with target -eps/sigma_t, one value a pixel.
 
         With labels (B,) the score_model is asked for s(x + sigma_t eps, t, label).
         """
@@ -472,7 +472,10 @@ class NoiseConditionedScoreNetwork(nn.Module):
     # a score that is told sigma and not its index, and with a last denoising step.
     @torch.no_grad()
     def annealed_langevin_dynamics(self, x, num_steps, eps):
-        """At each level num_steps of x + eta/2 s + sqrt(eta) z, eta = eps sigma_t^2/sigma_max^2."""
+        """At each level num_steps of x + eta/2 s + sqrt(eta) z, eta = eps sigma_t^2/sigma_max^2.
+
+        eps is 001's name of this step size; it is not the noise.
+        """
         for t, sigma in enumerate(self.sigmas.tolist()):
             eta = eps * (sigma / self.sigmas[0].item()) ** 2
             y = torch.full((len(x),), t, device=x.device)
@@ -520,7 +523,7 @@ class ConditionalInstanceNorm2d(nn.Module):
         super().__init__()
         self.film = nn.Linear(embed_dim, 2 * channels)
         nn.init.zeros_(self.film.weight)
-        # 003 writes the scale's 1 into the wrong half: columns are inputs, rows are features.
+        # Its first outputs are scales, the others shifts. (003 writes the 1 into columns: inputs.)
         self.film.bias.data = torch.cat([torch.ones(channels), torch.zeros(channels)])
 
     def forward(self, x, embedding):
@@ -672,10 +675,10 @@ def read_file(flag, path):
         parser.error(f"argument {flag}: {path} is missing or not whole ({reason})")
 
 
-def load_weights(flag, path, model, weights):
-    """Put weights, a state_dict, into the model, if they are of such a model, data and levels."""
+def load_weights(flag, path, model, state):
+    """Put a state_dict into the model, if it is of such a model, data and levels."""
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(state)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         parser.error(f"argument {flag}: {path} is of another --data, --net, --filters, --blocks, "
@@ -892,8 +895,8 @@ def ancestral_step(score, x, sigma, sigma_next, ddim=False):
         keep = 1.0                                       # DDIM puts the same noise back
     else:
         # DDPM renews a part. On the way up, the noise eps' of sigma_next became the eps of sigma:
-        # fresh noise z was added to it,
-        #     sigma eps = sigma_next eps' + sqrt(sigma^2 - sigma_next^2) z
+        # fresh noise z' was added to it,
+        #     sigma eps = sigma_next eps' + sqrt(sigma^2 - sigma_next^2) z'
         # So their correlation is sigma_next / sigma. Seen from eps, as both are Gaussian:
         #     eps' = (sigma_next / sigma) eps + noise that does not depend on eps
         keep = sigma_next / sigma

@@ -233,7 +233,7 @@ def exact_trace_loss(model, x, reduction="mean"):
 
 
 def denoising_loss(model, x, sigma=0.1, reduction="mean"):
-    """dsm: |s(x + sigma eps) + eps/sigma|^2 / 2, the loss of dsm_2d.py at one noise level.
+    """dsm: |s(x + sigma eps) + eps/sigma|^2 / 2, dsm_2d.py's loss at one noise level, unweighted.
 
     x (B, d) -> (). The target -eps/sigma leads back to x; its mean over all x that could lie behind
     a noisy point is the score of the noisy data (theory.md 4.1). Each point is used with eps and
@@ -388,7 +388,7 @@ def training_step(model, optimizer, loss_function, x):
 
 def train(loss_function, law_name, title, activation=nn.SiLU):
     """A network trained on a law.  -> it, its history: lists of step, seconds, error_p, error_q."""
-    # The same first weights, and the same slices: nothing else is drawn while training.
+    # The same first weights, and for each loss with slices the same slices: it draws nothing else.
     torch.manual_seed(args.seed)
     points = train_points[law_name]
     model = ScoreNet(points, args.hidden, args.layers, activation)
