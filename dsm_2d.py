@@ -394,7 +394,7 @@ def score(x, sigma):
 
 
 def denoise(score, x, sigma):
-    """The mean of all clean points that could lie behind x (Tweedie's formula).
+    """The mean of all clean data that could lie behind x (Tweedie's formula).
 
     The score is the mean of the arrows (x_clean - x) / sigma^2 (cell Loss); solve for x_clean.
     """
@@ -448,12 +448,12 @@ def heun_sampling(score, x, sigmas):
     return path
 
 
+# (This eta is the notes' Langevin step; --eta, of the denoising picture, is the step of 000.)
 def langevin_step(score, x, sigma, kappa):
     """x + eta/2 s + sqrt(eta) z with eta = 2 kappa sigma^2, the same kappa at every level.
 
-    A walk within one level: it draws points towards the density q_sigma and keeps them near it. The
-    smaller kappa, the nearer and the slower; from 2 on it diverges (theory.md 8.4). This eta is the
-    notes' Langevin step; --eta, of the denoising picture, is the step of 000.
+    A walk within one level: it draws x towards the density q_sigma and keeps it near it. The
+    smaller kappa, the nearer and the slower; from 2 on it diverges (theory.md 8.4).
     """
     noise = math.sqrt(2 * kappa) * sigma * torch.randn_like(x)
     return x + kappa * sigma**2 * score(x, sigma) + noise

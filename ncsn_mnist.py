@@ -67,7 +67,7 @@ def number(kind, low, high):
 
 
 # The homework wants fewer than 8 blocks, a rate of at most 1e-3 and at most 30 epochs. We have 8
-# blocks, but on fewer pixels, and higher rates, with which 4 epochs do. (On a GPU we take 40.)
+# blocks, but on fewer pixels, and higher rates, which need only 4 epochs. (On a GPU we take 40.)
 parser = argparse.ArgumentParser(description="A noise conditional score network on MNIST",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--data", default="auto", choices=["auto", "mnist", "digits"],
@@ -523,7 +523,7 @@ class ConditionalInstanceNorm2d(nn.Module):
         super().__init__()
         self.film = nn.Linear(embed_dim, 2 * channels)
         nn.init.zeros_(self.film.weight)
-        # Its first outputs are scales, the others shifts. (003 writes the 1 into columns: inputs.)
+        # Its first outputs are scales, the others shifts. (003 mixes up rows and columns here.)
         self.film.bias.data = torch.cat([torch.ones(channels), torch.zeros(channels)])
 
     def forward(self, x, embedding):
@@ -881,7 +881,10 @@ def guided_score(label, w):
 
 
 def denoise(score, x, sigma):
-    """The mean of all clean images that could lie behind x (Tweedie's formula)."""
+    """The mean of all clean data that could lie behind x (Tweedie's formula).
+
+    The score is the mean of the arrows (x_clean - x) / sigma^2 (cell Loss); solve for x_clean.
+    """
     return x + sigma**2 * score(x, sigma)
 
 
@@ -915,11 +918,12 @@ def ancestral_sampling(score, x, sigmas, ddim=False):
     return path
 
 
+# (This is the homework's step, with its eps = 2 kappa sigma_max^2.)
 def langevin_step(score, x, sigma, kappa):
-    """x + eta/2 s + sqrt(eta) z with eta = 2 kappa sigma^2.
+    """x + eta/2 s + sqrt(eta) z with eta = 2 kappa sigma^2, the same kappa at every level.
 
-    Where the score is about -x/sigma^2, x is multiplied by 1 - kappa: from kappa = 2 on it grows.
-    (The homework's step, with its eps = 2 kappa sigma_max^2.)
+    A walk within one level: it draws x towards the density q_sigma and keeps it near it. The
+    smaller kappa, the nearer and the slower; from 2 on it diverges (theory.md 8.4).
     """
     noise = math.sqrt(2 * kappa) * sigma * torch.randn_like(x)
     return x + kappa * sigma**2 * score(x, sigma) + noise
@@ -1047,7 +1051,8 @@ def read_digits(images):
     return train_labels[indices[:, 0].cpu()]
 
 
-real, real_name = x_test, "held-out images"
+real = x_test
+real_name = "held-out images"
 if args.digit is not None and args.labels:
     real = x_test[test_labels == args.digit]             # to compare sevens with sevens
 elif args.digit is not None:

@@ -1,7 +1,7 @@
 """Tests of the scripts: pytest -q -n 2 test_scripts.py (80 s on two cores)
 
 A script is one flat file without a main(), so it is tested by running it with tiny settings: once
-as a command, once as a notebook cell, once in this process, where what it defines is compared with
+as a command, and once as a notebook cell in this process, where what it defines is compared with
 answers found in another way (torch.distributions, autograd, closed forms, explicit recursions). SE
 is a standard error of a Monte-Carlo mean. The seeds are fixed, so a tolerance of 4 or 5 SE never
 fails by chance.
@@ -370,6 +370,10 @@ SHARED = [   # first and last line of what scripts have letter for letter, if th
     ("def mean_sw2(sets, other_sets):", "    return np.mean(distances)"),
     ("BLUE, ORANGE, GREY = ", "plt.rcParams.update("),
     ("def dots(ax, x, colour):", "    ax.scatter("),
+    ("def denoise(", "    return x + sigma"),
+    ("def ancestral_step(", "    return x_clean"),
+    ("def ancestral_sampling(", "    return path"),
+    ("def langevin_step(", "    return x + kappa"),
     ("def annealed_langevin_dynamics(", "    return path"),
     ("print(f\"\\npictures in", "print(\" \".join("),
     ("# What `uv run` installs", "# ///"),
